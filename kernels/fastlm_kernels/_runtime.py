@@ -1,0 +1,285 @@
+"""May Triton run on this call? And: one kernel, registered once for eager mode and once for the compiler.
+
+Every public function asks `choose(...)` first and takes its Triton path only on a yes; `backend` forces the answer,
+`explain` shows it. `Operator` wraps a pair of launchers (forward, backward) so that
+
+    eager mode      runs them through a plain `torch.autograd.Function` (about a third of an op's overhead),
+    torch.compile,  fake tensors and tracing see a registered operator with a fake and an autograd formula.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton decides this when a kernel is decorated, so it is read once, as the kernels are defined.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+# Operators are named after the package as it was imported: a copied package registers operators of its own.
+NAMESPACE = (__package__ or "fastlm_kernels").replace(".", "__")
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_CAPTURE_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+_OLDEST_CAPABILITY = (8, 0)
+
+# Plain globals on purpose: Dynamo guards on them, so that a compiled function follows `backend`.
+_forced: str | None = None
+_explaining: int | None = None
+
+Public = TypeVar("Public", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a call takes, and why."""
+
+    path: Literal["triton", "torch"]
+    reason: str
+
+
+class _Answered(Exception):
+    """Carries the answer of `choose` out of a function that is being explained, before it computes anything."""
+
+    def __init__(self, explanation: Explanation):
+        self.explanation = explanation
+        super().__init__(explanation.reason)
+
+
+class backend(contextlib.ContextDecorator):
+    """Force the path of every function of this package: `with backend("torch"):`, or as a decorator.
+
+    "torch" takes PyTorch's ops. "triton" takes the kernels wherever they can give the right answer, below any size
+    at which PyTorch's op would be preferred too; a call that no kernel covers still takes PyTorch's op (`explain` says why).
+    The path is fixed in the forward: a backward run later, outside the block, follows its forward. Process-wide, nestable.
+    """
+
+    def __init__(self, name: str):
+        if name not in ("triton", "torch"):
+            raise ValueError(f"backend: got {name!r}; use 'triton' or 'torch'")
+        self.name = name
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> backend:
+        global _forced
+        self._outer.append(_forced)
+        _forced = self.name
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _forced
+        _forced = self._outer.pop()
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """The path ("triton" or "torch") that `fn(*args, **kwargs)` would take, and why; computes nothing.
+
+    `fn` is a public function of this package. Raises ValueError for any other function.
+    """
+    reason = getattr(fn, "_without_kernel", None)
+    if reason is not None:
+        return Explanation("torch", reason)
+    if not getattr(fn, "__module__", "").startswith(__package__ or "fastlm_kernels"):
+        raise ValueError(f"explain: got {fn!r}; pass a public function of {__package__}")
+    global _explaining
+    outer, _explaining = _explaining, threading.get_ident()
+    try:
+        fn(*args, **kwargs)
+    except _Answered as answer:
+        return answer.explanation
+    finally:
+        _explaining = outer
+    return Explanation("torch", f"{getattr(fn, '__name__', fn)} has no kernel of its own")
+
+
+def without_kernel(reason: str) -> Callable[[Public], Public]:
+    """Mark a public function that is PyTorch's op and asks nothing, so that `explain` can say so."""
+
+    def mark(fn: Public) -> Public:
+        fn._without_kernel = reason  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
+def choose(*tensors: Tensor | None, obstacle: str | None = None, prefer_torch: str | None = None) -> bool:
+    """Whether the call takes its Triton path. Every public function asks this once, before it computes.
+
+    tensors       all tensor arguments, None for those left out
+    obstacle      why no kernel covers this call (a dtype, a shape, an option), None if one does
+    prefer_torch  why PyTorch's op is the better choice here (a small size, say); `backend("triton")` overrules it
+    """
+    reason = _why_torch(tensors, obstacle, prefer_torch)
+    if _explaining is not None and _explaining == threading.get_ident():
+        path: Literal["triton", "torch"] = "triton" if reason is None else "torch"
+        raise _Answered(Explanation(path, reason or _why_triton()))
+    return reason is None
+
+
+def _why_torch(
+    tensors: Sequence[Tensor | None], obstacle: str | None, prefer_torch: str | None
+) -> str | None:
+    if _forced == "torch":
+        return "backend('torch') is in force"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if obstacle is not None:
+        return obstacle
+    device: torch.device | None = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        reason = _not_plain(tensor)
+        if reason is not None:
+            return reason
+        if device is not None and tensor.device != device:
+            return f"tensors lie on {device} and {tensor.device}"
+        device = tensor.device
+    if device is not None:
+        reason = _device_obstacle(device)
+        if reason is not None:
+            return reason
+    reason = _mode_obstacle()
+    if reason is not None:
+        return reason
+    return prefer_torch if _forced is None else None
+
+
+def _not_plain(tensor: Tensor) -> str | None:
+    if type(tensor) not in _PLAIN_TYPES and type(tensor) is not FakeTensor:
+        return f"{type(tensor).__name__} is not a plain tensor"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return f"a tensor of layout {tensor.layout}{' (nested)' if tensor.is_nested else ''}"
+    # The dispatcher resolves lazy negation before a registered operator; a raw pointer would not see it.
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        return "a lazily negated view"
+    return None
+
+
+def _device_obstacle(device: torch.device) -> str | None:
+    if INTERPRETED:
+        return None if device.type in ("cpu", "cuda") else f"no Triton interpreter for {device.type} tensors"
+    if device.type != "cuda":
+        return f"tensors are on {device.type}; Triton needs a GPU (or TRITON_INTERPRET=1 set before import)"
+    if torch.version.hip is None and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        capability = _capability(device.index or 0)
+        if capability < _OLDEST_CAPABILITY:
+            return f"compute capability {capability} is older than {_OLDEST_CAPABILITY}"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _mode_obstacle() -> str | None:
+    """Transforms and modes that a raw kernel launch would bypass."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    for index in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(index)
+        if not isinstance(mode, _CAPTURE_MODES):
+            return f"the dispatch mode {type(mode).__name__} is active"
+    return None
+
+
+def _why_triton() -> str:
+    where = "in Triton's interpreter" if INTERPRETED else "on the GPU"
+    return f"the kernel runs {where}" + (", forced by backend('triton')" if _forced == "triton" else "")
+
+
+def autocast_to_fp32(tensor: Tensor) -> bool:
+    """Whether autocast is on and, on this device, runs norms and softmax in fp32 (CUDA's list does, the CPU's does not)."""
+    return tensor.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a graph is being captured (compiler, export, fake tensors), which needs the registered operator."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) is FakeTensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+@contextlib.contextmanager
+def on_device(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's GPU current for a launch: Triton launches on the current device, whatever its arguments."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        yield
+    else:
+        with torch.cuda.device(tensor.device):
+            yield
+
+
+class Operator:
+    """A forward and a backward launcher as one differentiable function.
+
+    forward(*inputs) -> tuple of tensors, launches kernels.       fake(*inputs) -> the same tuple, empty.
+    setup_context(ctx, inputs, output) saves what backward needs.  backward(ctx, *grads) -> a gradient per input.
+
+    A tensor that a launcher's caller may not need is returned with zero elements: operators cannot return None.
+    `backward` calls another `Operator`, never a launcher, so that it can be captured too. Its results cannot be differentiated
+    again: create_graph=True and a second differentiation raise instead of giving a wrong gradient.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        forward: Callable[..., tuple[Tensor, ...]],
+        fake: Callable[..., tuple[Tensor, ...]],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Any, ...]] | None = None,
+    ):
+        name, _, signature = schema.partition("(")
+        self.launch = forward
+        self.op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({signature}"
+        )
+        self.op.register_fake(fake)
+        self._function: Any = None
+        if backward is not None and setup_context is not None:
+            self.op.register_autograd(backward, setup_context=setup_context)
+            self._function = _autograd_function(name, forward, setup_context, backward)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Run on `inputs`, the first of them a tensor: by the operator while capturing, else straight."""
+        if capturing(inputs[0]):
+            return self.op(*inputs)
+        if self._function is None:
+            return self.launch(*inputs)
+        return self._function.apply(*inputs)
+
+
+def _autograd_function(name: str, forward: Any, setup: Any, backward: Any) -> Any:
+    def eager_forward(ctx: Any, *inputs: Any) -> Any:
+        outputs = forward(*inputs)
+        setup(ctx, inputs, outputs)
+        return outputs
+
+    body = {
+        "forward": staticmethod(eager_forward),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(name, (torch.autograd.Function,), body)

@@ -330,10 +330,10 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 
 def merge_layers(layers: Sequence[Layer]) -> tuple[Config, dict[str, str | None]]:
-    """One Config from layers in rising precedence, and for each key set the file it came from (None: a flag).
+    """One Config from layers in rising precedence, and the file that set each key (None: a flag).
 
-    Two settings follow what a higher layer sets: a length (steps, epochs or max_seconds) replaces the length of
-    lower layers, and a lower layer's micro-batch shrinks to the largest divisor of a higher layer's batch.
+    Two settings follow what a higher layer sets: a length (steps, epochs or max_seconds) replaces the length
+    of lower layers, and a lower layer's micro-batch shrinks to the largest divisor of a higher layer's batch.
     """
     values: Values = {}
     origin: dict[str, str | None] = {}
@@ -442,9 +442,21 @@ def dump_config(cfg: Config, omit: Sequence[str] = RUN_KEYS) -> str:
             list(value) if isinstance(value, tuple) else value
         )
     header = "# The configuration of a run; to repeat it: python -m fastlm.train --config THIS_FILE\n"
-    return header + yaml.safe_dump(
-        tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000
-    )
+    return header + yaml.dump(tree, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _dumper() -> Any:
+    """PyYAML's safe dumper: one key a line, lists on the line of their key."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def one_line(dumper: Any, items: list[object]) -> Any:
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+    Dumper.add_representer(list, one_line)
+    return Dumper
 
 
 def absolute_paths(cfg: Config) -> Config:
@@ -465,9 +477,10 @@ def load_config(path: Path) -> Config:
 
 
 def config_difference(old: Config, new: Config) -> list[tuple[str, object, object]]:
-    """Where `new` is another run than `old`, as (key, old value, new value): model, data, optim, seed, length.
+    """Where `new` is another run than `old`, as (key, old value, new value).
 
-    `auto`, and null where it means "derived", in `new` agree with whatever `old` made of them.
+    Compared are model, data, optim, seed, batch size and length; `auto`, and null where it means "derived", in
+    `new` agree with whatever `old` made of them.
     """
     before, after = flatten(absolute_paths(old)), flatten(absolute_paths(new))
     different = []

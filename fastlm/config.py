@@ -479,7 +479,7 @@ def load_config(path: Path) -> Config:
 def config_difference(old: Config, new: Config) -> list[tuple[str, object, object]]:
     """Where `new` is another run than `old`, as (key, old value, new value).
 
-    Compared are model, data, optim, seed, batch size and length; `auto`, and null where it means "derived", in
+    Compared are model, data, optim, seed, batch size and length; `auto`, and null that means "derived", in
     `new` agree with whatever `old` made of them.
     """
     before, after = flatten(absolute_paths(old)), flatten(absolute_paths(new))

@@ -1,17 +1,22 @@
 """May Triton run on this call? And: one kernel, registered once for eager mode and once for the compiler.
 
-Every public function asks `choose(...)` first and takes its Triton path only on a yes; `backend` forces the answer,
-`explain` shows it. `Operator` wraps a pair of launchers (forward, backward) so that
+Every public function asks `choose(...)` first and takes its Triton path only on a yes; `backend` forces the
+answer, `explain` shows it. `Operator` wraps a pair of launchers (forward, backward) so that
 
     eager mode      runs them through a plain `torch.autograd.Function` (about a third of an op's overhead),
     torch.compile,  fake tensors and tracing see a registered operator with a fake and an autograd formula.
+
+Names in all kernels. Pointers are capitals: X input, R residual, W weight, B bias, Y output, H the sum X + R;
+DX, DW and so on are the loss's gradients with respect to them. M rows of N columns; stride_x is X's step from
+row to row. A tile is BLOCK_M x BLOCK_N; ACC is the type of sums. Arguments come as input pointers, output
+pointers, sizes and strides and scalars, constexpr; sizes that vary from call to call are not specialised, so
+that they never compile a new binary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +31,15 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+    triton = tl = None  # type: ignore[assignment]
+
 # Triton decides this when a kernel is decorated, so it is read once, as the kernels are defined.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
@@ -53,7 +66,7 @@ class Explanation:
 
 
 class _Answered(Exception):
-    """Carries the answer of `choose` out of a function that is being explained, before it computes anything."""
+    """Carries the answer of `choose` out of the function being explained, before it computes anything."""
 
     def __init__(self, explanation: Explanation):
         self.explanation = explanation
@@ -63,9 +76,10 @@ class _Answered(Exception):
 class backend(contextlib.ContextDecorator):
     """Force the path of every function of this package: `with backend("torch"):`, or as a decorator.
 
-    "torch" takes PyTorch's ops. "triton" takes the kernels wherever they can give the right answer, below any size
-    at which PyTorch's op would be preferred too; a call that no kernel covers still takes PyTorch's op (`explain` says why).
-    The path is fixed in the forward: a backward run later, outside the block, follows its forward. Process-wide, nestable.
+    "torch" takes PyTorch's ops. "triton" takes the kernels wherever they give the right answer, at sizes
+    where PyTorch's op would be preferred too; a call that no kernel covers still takes PyTorch's op, and
+    `explain` says why. The path is fixed in the forward: a backward run later, outside the block, follows its
+    forward. Process-wide; may be nested.
     """
 
     def __init__(self, name: str):
@@ -121,7 +135,7 @@ def choose(*tensors: Tensor | None, obstacle: str | None = None, prefer_torch: s
 
     tensors       all tensor arguments, None for those left out
     obstacle      why no kernel covers this call (a dtype, a shape, an option), None if one does
-    prefer_torch  why PyTorch's op is the better choice here (a small size, say); `backend("triton")` overrules it
+    prefer_torch  why PyTorch's op is the better choice here (a small size); `backend("triton")` overrules it
     """
     reason = _why_torch(tensors, obstacle, prefer_torch)
     if _explaining is not None and _explaining == threading.get_ident():
@@ -210,12 +224,12 @@ def _why_triton() -> str:
 
 
 def autocast_to_fp32(tensor: Tensor) -> bool:
-    """Whether autocast is on and, on this device, runs norms and softmax in fp32 (CUDA's list does, the CPU's does not)."""
+    """Whether autocast runs norms and softmax in fp32: CUDA's list holds them, the CPU's does not."""
     return tensor.device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether a graph is being captured (compiler, export, fake tensors), which needs the registered operator."""
+    """Whether a graph is being captured (compiler, export, fake tensors), which needs the operator."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) is FakeTensor
@@ -225,7 +239,7 @@ def capturing(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def on_device(tensor: Tensor) -> Iterator[None]:
-    """Make the tensor's GPU current for a launch: Triton launches on the current device, whatever its arguments."""
+    """Make the tensor's GPU current: Triton launches on the current device, whatever the arguments."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         yield
     else:
@@ -233,15 +247,89 @@ def on_device(tensor: Tensor) -> Iterator[None]:
             yield
 
 
+def kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`; where Triton is missing the function stays as it is and is never called."""
+
+    def decorate(fn: Callable[..., Any]) -> Any:
+        return triton.jit(fn, do_not_specialize=list(do_not_specialize)) if HAS_TRITON else fn
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, as a launcher asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+
+
+_recorder: list[Launch] | None = None
+_architecture: str | None = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], *, num_warps: int, **constexprs: Any
+) -> None:
+    """Launch `kernel` on the device of its first tensor argument, on that device's current stream."""
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, arguments, constexprs, num_warps))
+        return
+    with on_device(next(a for a in arguments if isinstance(a, Tensor))):
+        kernel[grid](*arguments, **constexprs, num_warps=num_warps)
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Collect the launches that launchers would make on `architecture` (say "sm_90"), make none."""
+    global _recorder, _architecture
+    _recorder, _architecture = [], architecture
+    try:
+        yield _recorder
+    finally:
+        _recorder = _architecture = None
+
+
+def architecture(device: torch.device) -> str:
+    """The device's entry in the configuration tables: "sm_90", "gfx942"; "generic" for anything but a GPU."""
+    if _architecture is not None:
+        return _architecture
+    return _device_architecture(device.index or 0) if device.type == "cuda" else "generic"
+
+
+@functools.cache
+def _device_architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side; a small odd number in the interpreter."""
+    if device.type != "cuda" or _recorder is not None:
+        return 3
+    return _device_multiprocessors(device.index or 0)
+
+
+@functools.cache
+def _device_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 class Operator:
     """A forward and a backward launcher as one differentiable function.
 
-    forward(*inputs) -> tuple of tensors, launches kernels.       fake(*inputs) -> the same tuple, empty.
-    setup_context(ctx, inputs, output) saves what backward needs.  backward(ctx, *grads) -> a gradient per input.
+    forward(*inputs)                    launches kernels, returns a tuple of tensors
+    fake(*inputs)                       the same tuple, nothing computed
+    setup_context(ctx, inputs, output)  saves what backward needs
+    backward(ctx, *grads)               a gradient (or None) for each input
 
-    A tensor that a launcher's caller may not need is returned with zero elements: operators cannot return None.
-    `backward` calls another `Operator`, never a launcher, so that it can be captured too. Its results cannot be differentiated
-    again: create_graph=True and a second differentiation raise instead of giving a wrong gradient.
+    An output that nobody asked for has zero elements: operators cannot return None. `backward` calls another
+    `Operator`, never a launcher, so that it can be captured too. Its results cannot be differentiated again:
+    a second differentiation raises instead of giving a wrong gradient.
     """
 
     def __init__(
@@ -267,7 +355,7 @@ class Operator:
         """Run on `inputs`, the first of them a tensor: by the operator while capturing, else straight."""
         if capturing(inputs[0]):
             return self.op(*inputs)
-        if self._function is None:
+        if self._function is None or not torch.is_grad_enabled():
             return self.launch(*inputs)
         return self._function.apply(*inputs)
 

@@ -71,7 +71,8 @@ def rms_norm_reference(
     if wide is None or weight is None:
         return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
     eps = _default_eps(input) if eps is None else eps
-    y = F.rms_norm(input.to(wide), normalized_shape, weight.to(wide) + weight_offset, eps)  # type: ignore[arg-type]
+    weight = weight.to(wide) + weight_offset
+    y = F.rms_norm(input.to(wide), normalized_shape, weight, eps)  # type: ignore[arg-type]
     return y.to(_result_dtype(input))
 
 
@@ -683,8 +684,9 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) 
 
 norm_forward = Operator(
     "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, SymInt columns, float eps,"
-    " float weight_offset, bool subtract_mean, ScalarType y_dtype, bool save_stats) -> (Tensor, Tensor,
-    Tensor)", _launch_forward,
+    " float weight_offset, bool subtract_mean, ScalarType y_dtype, bool save_stats)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_forward,
     _fake_forward,
     _setup_context,
     _backward,
@@ -775,7 +777,7 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    """`F.rms_norm`, the same arguments, values, dtypes and errors; the weight may carry an offset (Gemma's 1).
+    """`F.rms_norm`, the same arguments, values, dtypes and errors; the weight may carry an offset.
 
     input (*, *normalized_shape), fp32, fp16 or bf16 for the kernel; weight (*normalized_shape), of any of
     these dtypes whatever the input's; eps None is PyTorch's default. Result: the input's shape and dtype,
@@ -799,7 +801,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """h = input + residual rounded to the residual's dtype, y = `layer_norm` of h in the input's dtype: (y, h).
+    """(y, h): h = input + residual in the residual's dtype, y = `layer_norm` of h in the input's dtype.
 
     Shapes and dtypes as in `layer_norm`; the residual has the input's shape. y has the input's dtype under
     autocast too.
@@ -819,7 +821,7 @@ def add_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h = input + residual rounded to the residual's dtype, y = `rms_norm` of h in the input's dtype: (y, h).
+    """(y, h): h = input + residual in the residual's dtype, y = `rms_norm` of h in the input's dtype.
 
     Shapes and dtypes as in `rms_norm`; the residual has the input's shape. y has the input's dtype under
     autocast too.

@@ -6,8 +6,8 @@
 One is written under `checkpoints/.tmp-*`, hashed while its bytes go out, flushed to the disk and renamed, so
 that a crash at any point leaves the earlier ones untouched. Nothing is ever unpickled. Tensors are written in
 the safetensors format by `write_tensors` rather than by its library: a checkpoint needs the hash of the bytes
-sent (not of what the disk gives back), one tensor in memory at a time, the same bytes for the same run, and an
-OSError when the disk is full. Reading is the library's.
+sent (not of what the disk gives back), one tensor in memory at a time, the same bytes for the same run, and
+an OSError when the disk is full. Reading is the library's.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def save(
         moments = {key: value for key, value in optimizer.items() if isinstance(value, Tensor)}
         files = {
             MODEL: _write(temporary / MODEL, lambda f: write_tensors(f, tensors, {"tied": tied})),
-            OPTIMIZER: _write(
-                temporary / OPTIMIZER, lambda f: write_tensors(f, moments, {"scalars": scalars})
-            ),
+            OPTIMIZER: _write(temporary / OPTIMIZER, lambda f: write_tensors(f, moments, {"scalars": scalars})),
             STATE: _write(temporary / STATE, lambda f: f.write(json_bytes({**state, "step": step}))),
             CONFIG: _write(temporary / CONFIG, lambda f: f.write(config.encode())),
         }
@@ -156,9 +154,7 @@ def write_tensors(file: Hashed, tensors: Mapping[str, Tensor], metadata: Mapping
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name}: got dtype {tensor.dtype}; a checkpoint holds {', '.join(map(str, DTYPES))}"
-            )
+            raise ValueError(f"{name}: got dtype {tensor.dtype}; a checkpoint holds {', '.join(map(str, DTYPES))}")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
@@ -417,15 +413,11 @@ def optimizer_tensors(
         for parameter in group["params"]:
             if id(parameter) not in names:
                 shape = tuple(parameter.shape)
-                raise ValueError(
-                    f"a parameter of shape {shape} has no name; pass all of model.named_parameters()"
-                )
+                raise ValueError(f"a parameter of shape {shape} has no name; pass all of model.named_parameters()")
             for key, value in optimizer.state.get(parameter, {}).items():
                 name = f"{names[id(parameter)]}/{key}"
                 if not isinstance(value, Tensor | bool | int | float | str | None):
-                    raise ValueError(
-                        f"{name}: got {type(value).__name__}; a checkpoint holds tensors and scalars"
-                    )
+                    raise ValueError(f"{name}: got {type(value).__name__}; a checkpoint holds tensors and scalars")
                 found[name] = value.detach() if isinstance(value, Tensor) else value
     return found
 

@@ -1,0 +1,122 @@
+"""Modules: torch.nn's classes with this package's functions in `forward`. Same constructor, same `state_dict`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import gelu
+from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
+from .norm import layer_norm, rms_norm
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm`: (..., *normalized_shape) in and out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last `len(normalized_shape)` dimensions; see `layer_norm`."""
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm`: (..., *normalized_shape) in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last `len(normalized_shape)` dimensions; see `rms_norm`."""
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class GELU(torch.nn.GELU):
+    """`torch.nn.GELU`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `gelu`."""
+        return gelu(input, approximate=self.approximate)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss`; the loss of fp16 and bf16 logits is fp32."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """See `cross_entropy`."""
+        loss = cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`torch.nn.LinearCrossEntropyLoss` of torch 2.13, also on older versions: the head and its loss in one module.
+
+    Holds `linear.weight` (num_classes * prod(out_features), in_features), `linear.bias` with bias=True, and `weight`
+    (num_classes,), a buffer. Input (D,), (N, D) or (B, T, D); our keywords are those of `linear_cross_entropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        z_loss: float = 0.0,
+        return_z_loss: bool = False,
+        softcap: float | None = None,
+    ):
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"weight: got shape {tuple(weight.shape)}; give ({num_classes},), one per class")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise RuntimeError(f"label_smoothing: got {label_smoothing}; give a number between 0 and 1")
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.options, self.z_loss, self.return_z_loss, self.softcap = options, z_loss, return_z_loss, softcap
+        outputs = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, num_items: int | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of `input` under the head this module holds; see `linear_cross_entropy`."""
+        classes = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*classes, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(classes),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            z_loss=self.z_loss,
+            return_z_loss=self.return_z_loss,
+            softcap=self.softcap,
+            num_items=num_items,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for print(module)."""
+        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "softcap")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

@@ -176,8 +176,8 @@ class EventFile:
         self._seen_train |= record["event"] == "train"
 
     def _write_waiting(self) -> None:
-        from tensorboard.compat.proto.event_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
-            Event as TensorBoardEvent,
+        from tensorboard.compat.proto.event_pb2 import (
+            Event as TensorBoardEvent,  # pyright: ignore[reportAttributeAccessIssue]
         )
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 

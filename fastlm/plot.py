@@ -24,7 +24,7 @@ def plot_loss(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    single = "o" if len(train[0]) == 1 else ""
+    single = "." if len(train[0]) <= 50 else ""  # a point between gaps has no line to show it
     axes.plot(*train, color=INK["train"], linewidth=1.2, marker=single, label="train")
     axes.plot(*validation, color=INK["val"], linewidth=1.8, marker="o", markersize=4, label="validation")
     axes.set_xlabel("tokens")

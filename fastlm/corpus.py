@@ -1,9 +1,9 @@
 """A text corpus as token shards: scanned, split, tokenised once, kept in the cache.
 
-Three passes over the text, each a stream, so that memory stays constant in the corpus (but for 17 bytes a
-document): scan (hash and length of each document), train the tokenizer, encode. The cache's folder is named by
-content, tokenizer and cleaning version; it is built under a temporary name and renamed into place, so builders
-may race and a torn build is never seen; what it holds is checked against a digest at every start.
+Three passes over the text, each a stream, so that memory stays constant in the corpus (but for some 20 bytes
+a document): scan (hash and length of each document), train the tokenizer, encode. The cache's folder is named
+by content, tokenizer and cleaning version; it is built under a temporary name and renamed into place, so
+builders may race and a torn build is never seen; what it holds is held against a digest at every start.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Part:
-    """Documents of a source that make one token stream: whole ones, or a range of characters of a single one."""
+    """Documents of a source that make one token stream: whole ones, or part of the only one."""
 
     source: TextSource
     members: np.ndarray  # bool (documents,)
@@ -146,9 +146,7 @@ def clip(pieces: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
 
 def changed_while_read(source: TextSource) -> InputError:
     """The InputError for files that do not hold still."""
-    return InputError(
-        source.key, source.label, "the text changed while it was read: run again when it is at rest"
-    )
+    return InputError(source.key, source.label, "the text changed while it was read: run again when it is at rest")
 
 
 def scan(source: TextSource, with_alphabet: bool) -> Scan:
@@ -193,8 +191,8 @@ def split(corpus: TextCorpus, train: Scan, val: Scan | None) -> tuple[Part, Part
 def choose_validation(found: Scan, distinct: np.ndarray, fraction: float) -> np.ndarray:
     """bool (documents,): those kept for validation, whatever their order and the run's seed.
 
-    Documents are taken in the order of their hashes, one that would lead away from `fraction` of the characters
-    is passed over; if all would, the shortest is taken. At least one is taken and at least one left.
+    Documents are taken in the order of their hashes; one that would lead away from `fraction` of the
+    characters is passed over; if all would, the shortest is taken. At least one is taken and one left.
     """
     order = np.flatnonzero(distinct)
     order = order[np.argsort(found.hashes[order])]
@@ -210,8 +208,8 @@ def choose_validation(found: Scan, distinct: np.ndarray, fraction: float) -> np.
     return chosen
 
 
-def build_shards(corpus: TextCorpus, folder: Path, notify: Notify) -> Tokenizer:
-    """Write train_*.bin, val_*.bin, tokenizer.json and meta.json into `folder`, which exists; nothing is cached."""
+def build_shards(corpus: TextCorpus, folder: Path, notify: Notify) -> dict[str, list[str]]:
+    """Write train_*.bin, val_*.bin and tokenizer.json into `folder`; returns the names of each part's shards."""
     before = [stamps(source.files) for source in sources(corpus)]
     wants_alphabet = corpus.tokenizer == "char"
     train_scan = scan(corpus.train, wants_alphabet)
@@ -223,20 +221,14 @@ def build_shards(corpus: TextCorpus, folder: Path, notify: Notify) -> Tokenizer:
     alphabet = train_scan.alphabet | (val_scan.alphabet if val_scan else frozenset())
     tokenizer = make_tokenizer(corpus, parts, alphabet, notify)
     tokenizer.save(folder / FILE_NAME)
-    names = {}
-    for name, part in zip(("train", "val"), parts, strict=True):
-        writer = ShardWriter(folder, name, tokenizer.vocab_size)
-        encode_part(part, tokenizer, writer, notify)
-        names[name] = [path.name for path in writer.paths]
-        notify(f"{name}: {writer.tokens:,} tokens of {part.chars:,} characters")
+    names = {
+        name: encode_part(part, tokenizer, ShardWriter(folder, name, tokenizer.vocab_size), notify)
+        for name, part in zip(("train", "val"), parts, strict=True)
+    }
     for source, stamp in zip(sources(corpus), before, strict=True):
         if stamps(source.files) != stamp:
             raise changed_while_read(source)
-    files = [FILE_NAME, *names["train"], *names["val"]]
-    digest = file_digest([folder / name for name in files])
-    meta = {"format": META_FORMAT, **names, "files": files, "digest": digest}
-    (folder / META).write_text(json.dumps(meta, indent=1))
-    return tokenizer
+    return names
 
 
 def sources(corpus: TextCorpus) -> list[TextSource]:
@@ -244,10 +236,8 @@ def sources(corpus: TextCorpus) -> list[TextSource]:
     return [corpus.train] if corpus.val is None else [corpus.train, corpus.val]
 
 
-def make_tokenizer(
-    corpus: TextCorpus, parts: tuple[Part, Part], alphabet: frozenset[str], notify: Notify
-) -> Tokenizer:
-    """The tokenizer that the corpus asks for; BPE sees the training part only, at most 1e9 characters of it."""
+def make_tokenizer(corpus: TextCorpus, parts: tuple[Part, Part], alphabet: frozenset[str], notify: Notify) -> Tokenizer:
+    """The tokenizer asked for; BPE sees the training part only, at most 1e9 characters of it."""
     if corpus.tokenizer == "char":
         return char_tokenizer(alphabet, separator=any(part.separated for part in parts))
     if corpus.tokenizer == "bpe":
@@ -267,13 +257,16 @@ def evenly(pieces: Iterable[str], share: float) -> Iterator[str]:
             yield piece
 
 
-def encode_part(part: Part, tokenizer: Tokenizer, writer: ShardWriter, notify: Notify) -> None:
-    """Tokenise a part into shards: the separator before each document where there are several."""
+def encode_part(part: Part, tokenizer: Tokenizer, writer: ShardWriter, notify: Notify) -> list[str]:
+    """Tokenise a part into shards, a separator before each document where there are several.
+
+    Returns the shards' file names.
+    """
     separator = tokenizer.eot_id if part.separated else None
     done, told = 0, time.monotonic()
     for batch in batches(part.pieces()):
         texts = [text for _, text in batch]
-        for (begins, _), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+        for (begins, _), ids in zip(batch, tokenizer.encode_batch(texts, part.source.key), strict=True):
             if begins and separator is not None:
                 writer.write(np.array([separator]))
             writer.write(ids)
@@ -282,6 +275,8 @@ def encode_part(part: Part, tokenizer: Tokenizer, writer: ShardWriter, notify: N
             told = time.monotonic()
             notify(f"{writer.name}: {done:,} of {part.chars:,} characters tokenised")
     writer.close()
+    notify(f"{writer.name}: {writer.tokens:,} tokens of {part.chars:,} characters")
+    return [path.name for path in writer.paths]
 
 
 def batches(pieces: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
@@ -301,9 +296,31 @@ def batches(pieces: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str
 
 
 def cached_shards(corpus: TextCorpus, notify: Notify) -> tuple[Path, dict]:
-    """The folder of the corpus's shards and its meta.json; built first where it is missing or damaged."""
+    """`cached` for a corpus: shards of `train` and `val`, and their tokenizer.json."""
+    return cached(corpus.key(), lambda folder: build_shards(corpus, folder, notify), notify)
+
+
+def cached_text(source: TextSource, tokenizer: Tokenizer, notify: Notify) -> tuple[Path, dict]:
+    """`cached` for all documents of a source and a tokenizer at hand: shards of `text`."""
+
+    def build(folder: Path) -> dict[str, list[str]]:
+        found = scan(source, with_alphabet=False)
+        part = Part(source, found.distinct(), int(found.lengths[found.distinct()].sum()))
+        tokenizer.save(folder / FILE_NAME)
+        writer = ShardWriter(folder, "text", tokenizer.vocab_size)
+        return {"text": encode_part(part, tokenizer, writer, notify)}
+
+    parts = [CLEANING_VERSION, source_digest(source), tokenizer.backend.to_str()]
+    return cached(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32], build, notify)
+
+
+def cached(key: str, build: Callable[[Path], dict[str, list[str]]], notify: Notify) -> tuple[Path, dict]:
+    """The cache's folder of this name and its meta.json; built first where it is missing or damaged.
+
+    `build` fills a folder and returns the names of the shards of each part.
+    """
     root = cache_root() / "data"
-    folder = root / corpus.key()
+    folder = root / key
     if meta := intact(folder):
         return folder, meta
     if folder.exists():
@@ -314,11 +331,19 @@ def cached_shards(corpus: TextCorpus, notify: Notify) -> tuple[Path, dict]:
         temporary = root / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         try:
-            build_shards(corpus, temporary, notify)
+            write_meta(temporary, build(temporary))
             meta = publish(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder, meta
+
+
+def write_meta(folder: Path, parts: dict[str, list[str]]) -> None:
+    """Write meta.json: which shards make which part, and a digest of all files."""
+    files = [FILE_NAME, *(name for names in parts.values() for name in names)]
+    digest = file_digest([folder / name for name in files])
+    meta = {"format": META_FORMAT, "parts": parts, "files": files, "digest": digest}
+    (folder / META).write_text(json.dumps(meta, indent=1))
 
 
 @contextlib.contextmanager
@@ -335,7 +360,7 @@ def intact(folder: Path) -> dict | None:
     """The meta.json of a cache folder whose files are what it says, else None."""
     try:
         meta = json.loads((folder / META).read_text())
-        if meta["format"] != META_FORMAT:
+        if meta["format"] != META_FORMAT or not meta["parts"]:
             return None
         files = [folder / name for name in meta["files"]]
         digest = remembered("digest", files, lambda: file_digest(files))
@@ -424,8 +449,8 @@ def stamps(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
 def remembered(name: str, files: Sequence[Path], compute: Callable[[], T]) -> T:
     """`compute()`, a str or int that depends on the bytes of `files` only.
 
-    For files of REMEMBER_BYTES or more the result is kept under their paths, sizes and times of change, so that a
-    start does not read gigabytes again.
+    For files of REMEMBER_BYTES or more the result is kept under their paths, sizes and times of change, so
+    that a start does not read gigabytes again.
     """
     before = stamps(files)
     if sum(size for _, size, _, _ in before) < REMEMBER_BYTES:

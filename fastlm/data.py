@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastlm.config import DataConfig
-from fastlm.corpus import Notify, TextCorpus, cached_shards, file_digest, remembered
+from fastlm.arguments import leaves, read_yaml
+from fastlm.config import Config, DataConfig, presets
+from fastlm.corpus import Notify, TextCorpus, cached_shards, cached_text, file_digest, remembered
 from fastlm.errors import InputError
 from fastlm.shards import Shard, TokenStream, check_ids, largest_id, open_shard
 from fastlm.text import SHARD_SUFFIX, TextSource, embedded_source, find_files
@@ -57,19 +58,20 @@ def silent(_: str) -> None:
 def open_dataset(cfg: DataConfig, notify: Notify = silent) -> Dataset:
     """The data set that a configuration names; text is tokenised at first, then found in the cache.
 
-    `notify` gets lines on the progress. Nothing depends on the run's seed. Raises InputError for whatever the user
-    must mend: no such file, no text, not UTF-8, shorter than one window, an unknown tokenizer, a broken shard.
+    `notify` gets lines on the progress. Nothing depends on the run's seed. Raises InputError for what the
+    user must mend: no such file, no text, not UTF-8, less than one window, an unknown tokenizer, a broken
+    shard.
     """
     check_data_config(cfg)
-    files = find_files("data.path", cfg.path) if cfg.path is not None else []
-    val_files = find_files("data.val_path", cfg.val_path) if cfg.val_path is not None else []
-    if holds_shards("data.path", cfg.path, files):
-        if val_files and not holds_shards("data.val_path", cfg.val_path, val_files):
-            raise InputError("data.val_path", cfg.val_path, "must be token shards, as --data.path is")
+    files = find_files("--data.path", cfg.path) if cfg.path is not None else []
+    val_files = find_files("--data.val_path", cfg.val_path) if cfg.val_path is not None else []
+    if holds_shards("--data.path", cfg.path, files):
+        if val_files and not holds_shards("--data.val_path", cfg.val_path, val_files):
+            raise InputError("--data.val_path", cfg.val_path, "must be token shards, as --data.path is")
         dataset = open_shards(cfg, files, val_files)
     else:
-        if holds_shards("data.val_path", cfg.val_path, val_files):
-            raise InputError("data.val_path", cfg.val_path, "must be text, as --data.path is")
+        if holds_shards("--data.val_path", cfg.val_path, val_files):
+            raise InputError("--data.val_path", cfg.val_path, "must be text, as --data.path is")
         dataset = open_text(cfg, files, val_files, notify)
     check_lengths(cfg, dataset)
     return dataset
@@ -78,19 +80,19 @@ def open_dataset(cfg: DataConfig, notify: Notify = silent) -> Dataset:
 def check_data_config(cfg: DataConfig) -> None:
     """Raise InputError for values out of range, before any file is read."""
     if not 0 < cfg.val_fraction < 1:
-        raise InputError("data.val_fraction", cfg.val_fraction, "must lie between 0 and 1, both excluded")
+        raise InputError("--data.val_fraction", cfg.val_fraction, "must lie between 0 and 1, both excluded")
     if cfg.seq_len < 1:
-        raise InputError("data.seq_len", cfg.seq_len, "must be at least 1 token")
+        raise InputError("--data.seq_len", cfg.seq_len, "must be at least 1 token")
     check_tokenizer_name(cfg.tokenizer)
     if cfg.vocab_size is not None and cfg.vocab_size < 1:
-        raise InputError("data.vocab_size", cfg.vocab_size, "must be at least 1")
+        raise InputError("--data.vocab_size", cfg.vocab_size, "must be at least 1")
 
 
 def holds_shards(key: str, spec: str | None, files: Sequence[Path]) -> bool:
     """Whether the files are token shards. Raises InputError for a mixture with text."""
     kinds = {path.suffix == SHARD_SUFFIX for path in files}
     if len(kinds) == 2:
-        remedy = f"holds both shards and text: name one kind, e.g. --{key} '{Path(spec or '.') / '*.bin'}'"
+        remedy = f"holds both shards and text: name one kind, e.g. {key} '{Path(spec or '.') / '*.bin'}'"
         raise InputError(key, spec, remedy)
     return kinds == {True}
 
@@ -102,11 +104,11 @@ def open_text(cfg: DataConfig, files: list[Path], val_files: list[Path], notify:
     tokenizer = load_tokenizer(folder)
     if cfg.tokenizer in KINDS:
         tokenizer.name = cfg.tokenizer
-    train, val = ([open_shard(folder / name, "header") for name in meta[part]] for part in ("train", "val"))
+    train, val = (stored_stream(folder, meta["parts"][part]) for part in ("train", "val"))
     size = sum(path.stat().st_size for path in corpus.train.files)
     return Dataset(
-        train=TokenStream(train),
-        val=TokenStream(val),
+        train=train,
+        val=val,
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         fingerprint=folder.name,
@@ -115,16 +117,51 @@ def open_text(cfg: DataConfig, files: list[Path], val_files: list[Path], notify:
     )
 
 
+def stored_stream(folder: Path, names: Sequence[str]) -> TokenStream:
+    """Shards of the cache as one stream."""
+    return TokenStream([open_shard(folder / name, "header") for name in names])
+
+
+def open_for_evaluation(
+    cfg: DataConfig,
+    path: str | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    notify: Notify = silent,
+) -> TokenStream:
+    """What a run is evaluated on: its own validation split, or all of the text or shards at `path`.
+
+    `cfg`, `tokenizer` and `vocab_size` are the run's. Raises InputError as `open_dataset` does.
+    """
+    if path is None:
+        return open_dataset(cfg, notify).val
+    files = find_files("--data.path", path)
+    if holds_shards("--data.path", path, files):
+        shards = [open_shard(file, cfg.bin_format) for file in files]
+        check_ids(shards, vocab_size)
+        stream = TokenStream(shards)
+    elif tokenizer is None:
+        remedy = "the run has no tokenizer, it was trained on shards: give shards of the same vocabulary"
+        raise InputError("--data.path", path, remedy)
+    else:
+        source = TextSource("--data.path", path, tuple(files), cfg.text_key)
+        folder, meta = cached_text(source, tokenizer, notify)
+        stream = stored_stream(folder, meta["parts"]["text"])
+    if len(stream) < 2:
+        raise InputError("--data.path", f"{path} ({len(stream)} tokens)", "give at least 2 tokens")
+    return stream
+
+
 def text_corpus(cfg: DataConfig, files: list[Path], val_files: list[Path]) -> TextCorpus:
     """The corpus of a configuration whose paths name text."""
     if cfg.tokenizer == "bpe" and cfg.vocab_size is not None:
         check_vocab_size(cfg.vocab_size)
     train = embedded_source()
     if cfg.path is not None:
-        train = TextSource("data.path", cfg.path, tuple(files), cfg.text_key)
+        train = TextSource("--data.path", cfg.path, tuple(files), cfg.text_key)
     val = None
     if cfg.val_path is not None:
-        val = TextSource("data.val_path", cfg.val_path, tuple(val_files), cfg.text_key)
+        val = TextSource("--data.val_path", cfg.val_path, tuple(val_files), cfg.text_key)
     return TextCorpus.from_config(cfg, train, val)
 
 
@@ -144,7 +181,7 @@ def open_shards(cfg: DataConfig, files: list[Path], val_files: list[Path]) -> Da
     if not val_files and 0 < len(named) < len(files):
         files, val_files = [path for path in files if path not in named], named
     train = [open_shard(path, cfg.bin_format) for path in files]
-    val = [open_shard(path, cfg.bin_format, "data.val_path") for path in val_files]
+    val = [open_shard(path, cfg.bin_format, "--data.val_path") for path in val_files]
     tokenizer, vocab_size = shard_vocabulary(cfg, [*train, *val])
     paths = [*files, *val_files]
     if remembered("largest id", paths, lambda: largest_id([*train, *val])) >= vocab_size:
@@ -170,23 +207,29 @@ def shard_vocabulary(cfg: DataConfig, shards: Sequence[Shard]) -> tuple[Tokenize
     """(tokenizer or None, vocabulary size) of token shards, the first of these that exists:
 
     the tokenizer that `--data.tokenizer PATH` names; a tokenizer.json beside the first shard, as
-    `fastlm.prepare` writes it; `--data.tokenizer byte` or `gpt2`; a `--data.vocab_size` other than the default;
-    the vocabulary that the layout was made for (uint16: GPT-2's 50257, uint32: Llama 3's 128256).
+    `fastlm.prepare` writes it; `--data.tokenizer byte` or `gpt2`; a `--data.vocab_size` other than the
+    default and the presets'; the vocabulary that the layout was made for (uint16: GPT-2's 50257, uint32:
+    Llama 3's 128256).
     """
     beside = shards[0].path.parent / FILE_NAME
     tokenizer = None
     if cfg.tokenizer in KINDS and beside.exists():
-        tokenizer = load_tokenizer(beside, "data.path")
+        tokenizer = load_tokenizer(beside, "--data.path")
     elif cfg.tokenizer == "char":
         remedy = f"shards hold no text to take characters from: put their {FILE_NAME} beside them, or name it"
-        raise InputError("data.tokenizer", cfg.tokenizer, remedy)
+        raise InputError("--data.tokenizer", cfg.tokenizer, remedy)
     else:
         tokenizer = ready_tokenizer(cfg.tokenizer)
     if tokenizer is not None:
         return tokenizer, tokenizer.vocab_size
-    if cfg.vocab_size is not None and cfg.vocab_size != DataConfig().vocab_size:
-        return None, cfg.vocab_size
-    return None, max(shard.vocab_size for shard in shards)
+    return None, chosen_vocab_size(cfg) or max(shard.vocab_size for shard in shards)
+
+
+def chosen_vocab_size(cfg: DataConfig) -> int | None:
+    """`data.vocab_size` where somebody chose it: a default's or a preset's speaks of a BPE to be trained."""
+    files = [read_yaml(path, leaves(Config)) for path in presets().values()]
+    given = [values.get("data.vocab_size") for values in files]
+    return None if cfg.vocab_size in (DataConfig().vocab_size, *given) else cfg.vocab_size
 
 
 def check_lengths(cfg: DataConfig, dataset: Dataset) -> None:
@@ -194,10 +237,10 @@ def check_lengths(cfg: DataConfig, dataset: Dataset) -> None:
     spec = cfg.path or "null"
     need = cfg.seq_len + 1
     if len(dataset.train) < need:
-        remedy = f"shorter than one window (data.seq_len + 1 = {need} tokens): give more text or a smaller --data.seq_len"
-        raise InputError("data.path", f"{spec} ({len(dataset.train)} training tokens)", remedy)
+        remedy = f"shorter than one window of {need} tokens: give more text or a smaller --data.seq_len"
+        raise InputError("--data.path", f"{spec} ({len(dataset.train)} training tokens)", remedy)
     if len(dataset.val) < 2:
-        key, spec = ("data.path", spec) if cfg.val_path is None else ("data.val_path", cfg.val_path)
+        key, spec = ("--data.path", spec) if cfg.val_path is None else ("--data.val_path", cfg.val_path)
         remedy = "shorter than one window: validation needs at least 2 tokens; give more text"
         raise InputError(key, f"{spec} ({len(dataset.val)} validation tokens)", remedy)
 
@@ -205,10 +248,10 @@ def check_lengths(cfg: DataConfig, dataset: Dataset) -> None:
 class WindowOrder:
     """Which window each sample reads: one permutation of all windows per epoch.
 
-    A window is `seq_len` inputs and the target after the last one; `windows_per_epoch = (n_tokens - 1) // seq_len`
-    of them stand end to end. Up to `seq_len - 1` tokens are over; their share before the first window varies by
-    epoch, so that none is never seen. The permutation is a Feistel network over a rectangle that just holds the
-    windows, walked until it lands on one: O(1) in time and memory for any sample number.
+    A window is `seq_len` inputs and the target after the last one; (n_tokens - 1) // seq_len of them stand
+    end to end. Up to `seq_len - 1` tokens are over; how many of them come before the first window varies by
+    epoch, so that each is seen sometime. The permutation is a Feistel network over a rectangle that just
+    holds the windows, walked until it lands on one: O(1) in time and memory for any sample number.
     """
 
     ROUNDS = 8
@@ -218,10 +261,8 @@ class WindowOrder:
         self.seq_len = seq_len
         self.windows_per_epoch = (n_tokens - 1) // seq_len
         if self.windows_per_epoch < 1:
-            remedy = (
-                f"shorter than one window of {seq_len + 1} tokens: give more text or a smaller --data.seq_len"
-            )
-            raise InputError("data.path", f"{n_tokens} tokens", remedy)
+            remedy = f"shorter than one window of {seq_len + 1} tokens: give more text or a smaller --data.seq_len"
+            raise InputError("--data.path", f"{n_tokens} tokens", remedy)
         self._tail = (n_tokens - 1) % seq_len
         self._rows = int(np.ceil(np.sqrt(self.windows_per_epoch)))
         self._columns = -(-self.windows_per_epoch // self._rows)
@@ -277,8 +318,8 @@ class Batch(NamedTuple):
 class BatchLoader:
     """An endless iterator over batches, one per update, read ahead in a background thread.
 
-    Batch k holds samples [first_sample + k * batch_size, ... + batch_size), so a run resumed at any sample goes on
-    as if never stopped. An error while reading is raised by `next`. Also a context manager.
+    Batch k holds samples first_sample + [k * batch_size, (k + 1) * batch_size), so a run resumed at any
+    sample goes on as if never stopped. An error while reading is raised by `next`. Also a context manager.
     """
 
     def __init__(
@@ -363,9 +404,9 @@ def read_batch(stream: TokenStream, order: WindowOrder, batch_size: int, first_s
 def eval_windows(
     stream: TokenStream, seq_len: int, batch_size: int, limit_windows: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, targets), int64 (batch_size, seq_len): windows end to end, every token but the first predicted once.
+    """(inputs, targets), int64 (batch_size, seq_len), of windows end to end: all tokens but the first are targets.
 
-    Every batch has the full shape: where the last window is shorter, or the last batch, targets are -100 and inputs 0.
+    Each batch has the full shape: past the end of the last window or batch, targets are -100 and inputs 0.
     `limit_windows` takes that many, spread evenly, always the same.
     """
     total = -(-(len(stream) - 1) // seq_len)

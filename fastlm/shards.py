@@ -45,7 +45,7 @@ class Shard:
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
 
 
-def open_shard(path: Path, bin_format: str, key: str = "data.path") -> Shard:
+def open_shard(path: Path, bin_format: str, key: str = "--data.path") -> Shard:
     """Read a shard's header and hold its length against the file's.
 
     Raises InputError for a magic or version that is not known, and a file that is cut short or too long.
@@ -70,9 +70,7 @@ def open_shard(path: Path, bin_format: str, key: str = "data.path") -> Shard:
         raise InputError(key, f"{path} (magic {ints[0] if len(ints) else None})", remedy)
     version, dtype, vocab_size = layout
     if len(head) < HEADER_BYTES:
-        raise InputError(
-            key, f"{path} ({size} bytes)", "cut short inside its header: copy or prepare it again"
-        )
+        raise InputError(key, f"{path} ({size} bytes)", "cut short inside its header: copy or prepare it again")
     if ints[1] != version:
         remedy = f"magic {ints[0]} goes with version {version}: prepare it again"
         raise InputError(key, f"{path} (version {ints[1]})", remedy)
@@ -88,7 +86,7 @@ def open_shard(path: Path, bin_format: str, key: str = "data.path") -> Shard:
 def headerless(path: Path, size: int, has_magic: bool, key: str) -> Shard:
     """A file of uint16 ids and nothing else."""
     if has_magic:
-        raise InputError("data.bin_format", "uint16", f"{path} has a header: drop --data.bin_format uint16")
+        raise InputError("--data.bin_format", "uint16", f"{path} has a header: drop --data.bin_format uint16")
     dtype = np.dtype("<u2")
     if size % dtype.itemsize:
         remedy = "an odd number of bytes is no file of uint16 ids: it is cut short; copy or prepare it again"
@@ -106,7 +104,7 @@ def largest_id(shards: Iterable[Shard]) -> int:
     return largest
 
 
-def check_ids(shards: Sequence[Shard], vocab_size: int, key: str = "data.path") -> None:
+def check_ids(shards: Sequence[Shard], vocab_size: int, key: str = "--data.path") -> None:
     """Raise InputError naming file, place and id of the first token past the vocabulary."""
     for shard in shards:
         ids = shard.open()

@@ -37,9 +37,7 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 # Parts of the standard library that are data for its own tests, other people's packages, or not source.
-NOT_CORPUS = frozenset(
-    {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-)
+NOT_CORPUS = frozenset({"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
 # C0 without tab and newline, DEL, and C1: Unicode's whole category Cc but those two.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -86,15 +84,11 @@ def text_suffix(path: Path) -> str:
 def embedded_source() -> TextSource:
     """The Python standard library's own sources on this machine, in the order of their relative paths."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in walk_files(root)
-        if path.suffix == ".py" and not NOT_CORPUS.intersection(path.relative_to(root).parts)
-    ]
+    files = [path for path in walk_files(root, NOT_CORPUS) if path.suffix == ".py"]
     if not files:
         remedy = "this Python has no library sources: name your own text with --data.path FILE"
-        raise InputError("data.path", f"null ({root})", remedy)
-    return TextSource("data.path", "Python's standard library", tuple(files), skip_undecodable=True)
+        raise InputError("--data.path", f"null ({root})", remedy)
+    return TextSource("--data.path", "Python's standard library", tuple(files), skip_undecodable=True)
 
 
 def find_files(key: str, spec: str) -> list[Path]:
@@ -139,13 +133,18 @@ def refuse_unsupported(key: str, path: Path) -> None:
         raise InputError(key, path, f"cannot be read: decompress it, or use {' '.join(OPENERS)}")
 
 
-def walk_files(root: Path) -> list[Path]:
-    """Every file under `root`, hidden names left out, sorted by relative path (the same on every system)."""
+def walk_files(root: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
+    """Every file under `root`, sorted by relative path (the same on every system).
+
+    Hidden files and folders are left out, and folders of a `skipped` name.
+    """
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        within = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if within == "." else f"{within}/"
+        found += [prefix + name for name in names if not name.startswith(".")]
+    return [root / name for name in sorted(found)]
 
 
 def documents(source: TextSource) -> Iterator[Document]:
@@ -220,8 +219,8 @@ def not_utf8(path: Path, offset: int, key: str) -> InputError:
 def cut_pieces(chunks: Iterable[str]) -> Iterator[str]:
     """Regroup chunks into pieces of at least PIECE_CHARS characters that end with a newline.
 
-    The cuts depend on the text only, not on how it is chunked. A stretch of 2 * PIECE_CHARS without a newline is
-    cut where no letter is parted from its accent.
+    The cuts depend on the text only, not on how it is chunked. A stretch of 2 * PIECE_CHARS without a newline
+    is cut where no letter is parted from its accent.
     """
     buffer, start = "", 0
     for chunk in chunks:
@@ -237,7 +236,7 @@ def cut_pieces(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def piece_end(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends, looking at most 2 * PIECE_CHARS and a few characters ahead."""
+    """Where the piece that begins at `start` ends; looks little further than 2 * PIECE_CHARS ahead."""
     end = text.find("\n", start + PIECE_CHARS - 1, start + 2 * PIECE_CHARS)
     if end >= 0:
         return end + 1
@@ -250,8 +249,8 @@ def piece_end(text: str, start: int) -> int:
 def starts_fresh(char: str) -> bool:
     """Whether NFC never joins or reorders `char` with what stands before it.
 
-    Every such joining character is a mark, or a conjoining Hangul letter; the control characters that cleaning
-    drops could hide one behind them.
+    Every such joining character is a mark, or a conjoining Hangul letter; the control characters that
+    cleaning drops could hide one behind them.
     """
     return unicodedata.category(char)[0] not in "MC" and not "\u1100" <= char <= "\u11ff"
 
@@ -287,9 +286,7 @@ def row_text(row: str, name: str, key: str, text_key: str) -> str:
         raise InputError(key, name, f"the line is not JSON ({error}): one JSON object a line") from error
     text = fields.get(text_key) if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        keys = (
-            f"it has {', '.join(map(str, fields)) or 'none'}" if isinstance(fields, dict) else "not an object"
-        )
+        keys = f"it has {', '.join(map(str, fields)) or 'none'}" if isinstance(fields, dict) else "not an object"
         remedy = f"the row has no text under {text_key!r} ({keys}): name the field with --data.text_key"
         raise InputError(key, name, remedy)
     # A row may spell half of a surrogate pair ("\ud800"): no text has one, and no encoder takes it.

@@ -1,0 +1,86 @@
+"""Parameters, FLOPs and bytes of a model: pure arithmetic on a configuration, no tensor is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import ModelConfig
+
+# Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets, by a part of the device's name; first match wins.
+PEAK_FLOPS = (
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("RTX 5090", 209.5e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12),
+    ("A10", 125e12),
+    ("MI300X", 1307e12),
+)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are, and how many take part in a matrix product for every token."""
+
+    total: int
+    matmul: int
+
+
+def parameters(cfg: ModelConfig, vocab_size: int) -> Parameters:
+    """Count the parameters of `GPT(cfg, vocab_size)`, tied ones once."""
+    D, head_dim = cfg.n_embd, cfg.n_embd // cfg.n_head
+    qkv_width = D + 2 * (cfg.n_kv_head or cfg.n_head) * head_dim
+    matrices = cfg.n_layer * D * (qkv_width + D + 8 * D)  # qkv, proj, up and down
+    head = vocab_size * D
+    total = matrices + head + (0 if cfg.tie_embeddings else head)
+    if cfg.family == "gpt2":
+        assert cfg.max_seq_len is not None
+        norms = 2 * cfg.n_layer + 1
+        total += cfg.max_seq_len * D + norms * D
+        if cfg.bias:
+            total += norms * D + cfg.n_layer * (qkv_width + D + 4 * D + D)
+    return Parameters(total=total, matmul=matrices + head)
+
+
+def flops_per_token(cfg: ModelConfig, vocab_size: int, seq_len: int, *, causal: bool = False) -> int:
+    """Training FLOPs a token, forward and backward: 6 N + 12 L D T.
+
+    N counts the parameters that multiply every token (matrices and head, not looked-up rows). The second term is
+    attention's two products over full rows, the common convention; `causal=True` counts half of it.
+    """
+    attention = 12 * cfg.n_layer * cfg.n_embd * seq_len
+    return 6 * parameters(cfg, vocab_size).matmul + (attention // 2 if causal else attention)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, None where it is not tabled."""
+    return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
+
+
+def memory_bytes(
+    cfg: ModelConfig,
+    vocab_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    *,
+    compute_bytes: int,
+    recompute: bool,
+) -> int:
+    """An estimate of the peak bytes of a training step.
+
+    fp32 parameter, gradient and two moments: 16 bytes a parameter. A block keeps about 2 residual-width rows for each
+    of its 2 norms, q, k, v, the attention's output and 2 rows of the MLP's 4 D: 16 D values a token (with `recompute`
+    D a block, and one block's 16 D). The logits and their gradient live once, in fp32.
+    """
+    tokens = micro_batch_size * seq_len
+    values = (cfg.n_layer + 16 if recompute else 16 * cfg.n_layer) * cfg.n_embd
+    logits = 2 * 4 * vocab_size
+    return 16 * parameters(cfg, vocab_size).total + tokens * (values * compute_bytes + logits)

@@ -1,0 +1,307 @@
+"""The GPT: owns parameters and order of operations; every op that has a kernel is called through `fastlm_kernels`.
+
+Shape suffixes: B batch, T time (tokens), D width (n_embd), H query heads, K key/value heads, C head dimension,
+V vocabulary, F hidden width of the MLP (4 D). `x_BTD` is a tensor of shape (B, T, D).
+
+Two families share the skeleton  h <- h + attention(norm(h));  h <- h + mlp(norm(h)):
+
+    modern  RMSNorm without weights, rotary positions, QK-norm, ReLU², no biases, zero-initialised output
+            projections, soft-capped logits, a head of its own, optionally grouped-query attention
+    gpt2    LayerNorm, learned positions, GELU (tanh), biases (optional), tied head; GPT-2's shapes
+
+The residual stream h travels unnormalised beside the branch output, so that each add meets the norm that
+follows it in one fused call.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlm_kernels as fk
+
+from .config import ModelConfig
+
+NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
+ROPE_BASE = 10_000.0
+
+
+class Linear(nn.Linear):
+    """A linear layer whose fp32 master weight is cast to its input's dtype: (..., in) -> (..., out)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Norm(nn.Module):
+    """LayerNorm with parameters (gpt2) or RMSNorm without (modern), alone or fused with the residual add."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.shape = (cfg.n_embd,)
+        self.centered = cfg.family == "gpt2"
+        self.weight = nn.Parameter(torch.ones(self.shape)) if self.centered else None
+        self.bias = nn.Parameter(torch.zeros(self.shape)) if self.centered and cfg.bias else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.centered:
+            return fk.layer_norm(x_BTD, self.shape, *self._parameters_as(x_BTD.dtype), NORM_EPS)
+        return fk.rms_norm(x_BTD, self.shape, None, NORM_EPS)
+
+    def add(self, branch_BTD: Tensor, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (norm(h + branch), h + branch)."""
+        if self.centered:
+            parameters = self._parameters_as(branch_BTD.dtype)
+            return fk.add_layer_norm(branch_BTD, h_BTD, self.shape, *parameters, NORM_EPS)
+        return fk.add_rms_norm(branch_BTD, h_BTD, self.shape, None, NORM_EPS)
+
+    def _parameters_as(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        assert self.weight is not None
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, K, max_seq_len, C) buffers a layer."""
+
+    def __init__(self, cfg: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+        n_kv_head, head_dim = cfg.n_kv_head or cfg.n_head, cfg.n_embd // cfg.n_head
+        assert cfg.max_seq_len is not None
+        shape = (cfg.n_layer, 2, batch_size, n_kv_head, cfg.max_seq_len, head_dim)
+        self.buffer = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held; the model advances it after its last layer
+
+    def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new tokens of one layer -> all keys and values up to and including them."""
+        end = self.length + k_BKTC.size(2)
+        keys, values = self.buffer[layer]
+        keys[:, :, self.length : end] = k_BKTC
+        values[:, :, self.length : end] = v_BKTC
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention over merged Q, K, V projections: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head = layer, cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.head_dim = cfg.n_embd // cfg.n_head
+        self.rotary = cfg.family == "modern"
+        bias = cfg.family == "gpt2" and cfg.bias
+        self.sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
+        self.qkv = Linear(cfg.n_embd, sum(self.sizes) * self.head_dim, bias=bias)
+        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=bias)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv_BTHC = self.qkv(x_BTD).view(B, T, sum(self.sizes), self.head_dim)
+        q_BHTC, k_BKTC, v_BKTC = qkv_BTHC.transpose(1, 2).split(self.sizes, dim=1)
+        if self.rotary:
+            assert rotation is not None
+            q_BHTC, k_BKTC = fk.rotary_embedding(q_BHTC, k_BKTC, *rotation, qk_norm_eps=NORM_EPS)
+        align = "top_left"
+        if cache is not None:
+            k_BKTC, v_BKTC = cache.append(self.layer, k_BKTC, v_BKTC)
+            align = "bottom_right"  # the T queries are the newest of the S tokens held
+        y_BHTC = fk.scaled_dot_product_attention(
+            q_BHTC,
+            k_BKTC,
+            v_BKTC,
+            is_causal=True,
+            enable_gqa=self.n_kv_head != self.n_head,
+            causal_align=align,
+        )
+        return self.proj(y_BHTC.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))): ReLU² in the modern family, GELU's tanh form in gpt2. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gelu = cfg.family == "gpt2"
+        bias = self.gelu and cfg.bias
+        self.up = Linear(cfg.n_embd, 4 * cfg.n_embd, bias=bias)
+        self.down = Linear(4 * cfg.n_embd, cfg.n_embd, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTF = self.up(x_BTD)
+        return self.down(fk.gelu(x_BTF, approximate="tanh") if self.gelu else fk.relu_squared(x_BTF))
+
+
+class Block(nn.Module):
+    """One layer. Takes and returns (branch, h): the last branch's output, not yet added to the stream h."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, cfg.dropout
+        self.norm_attn, self.attn = Norm(cfg), Attention(cfg, layer)
+        self.norm_mlp, self.mlp = Norm(cfg), MLP(cfg)
+
+    def forward(
+        self,
+        branch_BTD: Tensor | None,
+        h_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        seeds_B: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if branch_BTD is None:  # the first layer has nothing to add yet
+            y_BTD = self.norm_attn(h_BTD)
+        else:
+            y_BTD, h_BTD = self.norm_attn.add(branch_BTD, h_BTD)
+        branch_BTD = self._drop(self.attn(y_BTD, rotation, cache), seeds_B, site=1)
+        y_BTD, h_BTD = self.norm_mlp.add(branch_BTD, h_BTD)
+        return self._drop(self.mlp(y_BTD), seeds_B, site=2), h_BTD
+
+    def _drop(self, x_BTD: Tensor, seeds_B: Tensor | None, site: int) -> Tensor:
+        return x_BTD if seeds_B is None else sample_dropout(x_BTD, self.dropout, seeds_B, 2 * self.layer + site)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    `cfg` has every `None` resolved (`fastlm.train.resolve`); `vocab_size` comes from the tokenizer. Parameters are
+    fp32; activations have `compute_dtype`. `recompute=True` keeps only each block's input for backward.
+    """
+
+    rope: Tensor  # (2, max_seq_len, C/2): cosines, sines
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        vocab_size: int,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        assert cfg.max_seq_len is not None, "resolve the configuration first"
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.compute_dtype, self.recompute = compute_dtype, recompute
+        self.embed = nn.Embedding(vocab_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.norm_out = Norm(cfg)
+        self.head = Linear(cfg.n_embd, vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.positions = nn.Embedding(cfg.max_seq_len, cfg.n_embd) if cfg.family == "gpt2" else None
+        if cfg.family == "modern":
+            table = rotary_table(cfg.max_seq_len, cfg.n_embd // cfg.n_head)
+            self.register_buffer("rope", table, persistent=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        num_items: Tensor | int | None = None,
+        reduction: str = "mean",
+        seeds_B: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) in fp32, or with `targets_BT` (int64, -100 = no target) the loss in nats.
+
+        `reduction="mean"` divides by `num_items`, the target tokens of the whole update, so that micro-batches
+        add up to one batch; `"none"` gives one loss a token, (B, T). `seeds_B` (int64) turns dropout on, one seed
+        a sample. `cache` appends the tokens to those that it holds.
+        """
+        y_BTD = self.hidden(tokens_BT, seeds_B=seeds_B, cache=cache)
+        if targets_BT is None:
+            return self.logits(y_BTD)
+        return fk.linear_cross_entropy(
+            y_BTD,
+            self.head.weight.to(y_BTD.dtype),
+            targets_BT,
+            reduction=reduction,
+            softcap=self.cfg.logit_softcap or None,
+            num_items=num_items,
+        )
+
+    def logits(self, y_BTD: Tensor) -> Tensor:
+        """Head and soft-cap over the output of `hidden`: (B, T, V) in fp32."""
+        logits_BTV = self.head(y_BTD).float()
+        softcap = self.cfg.logit_softcap
+        return softcap * fk.tanh(logits_BTV / softcap) if softcap else logits_BTV
+
+    def hidden(self, tokens_BT: Tensor, *, seeds_B: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The normed output of the last layer, (B, T, D) in `compute_dtype`: what the head reads."""
+        start, T = (cache.length if cache is not None else 0), tokens_BT.size(1)
+        h_BTD = self.embed(tokens_BT)
+        rotation = None
+        if self.positions is not None:
+            h_BTD = h_BTD + self.positions.weight[start : start + T]
+        else:
+            rotation = (self.rope[0, start : start + T], self.rope[1, start : start + T])
+        h_BTD = h_BTD.to(self.compute_dtype)
+        if self.positions is None:
+            h_BTD = self.norm_out(h_BTD)  # rows of the embedding may grow at will: only their direction enters
+        if seeds_B is not None:
+            h_BTD = sample_dropout(h_BTD, self.cfg.dropout, seeds_B, 0)
+        branch_BTD = None
+        for block in self.blocks:
+            arguments = (branch_BTD, h_BTD, rotation, cache, seeds_B)
+            if self.recompute and torch.is_grad_enabled():
+                from torch.utils.checkpoint import checkpoint  # its import brings Dynamo along
+
+                branch_BTD, h_BTD = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                branch_BTD, h_BTD = block(*arguments)
+        if cache is not None:
+            cache.length += T
+        assert branch_BTD is not None
+        return self.norm_out.add(branch_BTD, h_BTD)[0]
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> GPT:
+        """Draw every weight from `generator`, in the order of `named_parameters`: the same on every machine."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() >= 2:
+                std = self._init_std(name, parameter)
+                parameter.zero_() if std == 0 else parameter.normal_(0, std, generator=generator)
+        return self
+
+    def _init_std(self, name: str, parameter: Tensor) -> float:
+        residual = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+        if self.cfg.family == "gpt2":
+            return 0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02
+        if residual or name == "head.weight":
+            return 0.0  # every block starts as the identity, every token as equally likely
+        return 1.0 if name == "embed.weight" else parameter.size(1) ** -0.5
+
+
+def rotary_table(length: int, head_dim: int) -> Tensor:
+    """cos and sin of  t / base^(2i/C)  for t < length, i < C/2: (2, length, C/2) in fp32."""
+    frequencies = ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def sample_dropout(x_BTD: Tensor, p: float, seeds_B: Tensor, site: int) -> Tensor:
+    """Dropout whose mask is a pure function of (seed of the sample, site, position).
+
+    However samples are cut into micro-batches or spread over devices, each meets the same mask. The bits come
+    from a 32-bit integer hash (multiply, xor-shift) in int64, where the low bits of a product survive.
+    """
+    if p == 0.0:
+        return x_BTD
+    position = torch.arange(x_BTD[0].numel(), device=x_BTD.device).view(x_BTD[0].shape)
+    key_B = hash32(hash32(seeds_B) + site)
+    bits = hash32(hash32(position) ^ key_B.view(-1, *[1] * (x_BTD.dim() - 1)))
+    keep = bits >= round(p * 2**32)
+    return torch.where(keep, x_BTD / (1 - p), 0)
+
+
+def hash32(x: Tensor) -> Tensor:
+    """Mix the low 32 bits of each int64: every input bit reaches every output bit. -> int64 in [0, 2^32)."""
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & mask
+    return x ^ (x >> 15)

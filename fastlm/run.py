@@ -1,0 +1,267 @@
+"""A run directory: where a run starts from, and opening one that exists.
+
+config.yaml  metrics.jsonl  loss.png  samples.md  checkpoints/step_00000200/...
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .arguments import build, flatten
+from .checkpoint import Checkpoint
+from .config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
+from .data import Dataset, WindowOrder, open_dataset
+from .errors import InputError
+from .flops import flops_per_token, memory_bytes, parameters
+from .model import GPT
+from .optim import build_optimizer
+from .resolve import resolve, resolve_model
+from .tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPTIMIZER_BYTES = 8  # a parameter: two fp32 moments at most
+
+
+@dataclass
+class State:
+    """What a run has done. With the parameters and the optimizer's state this is all that a checkpoint holds."""
+
+    step: int = 0  # updates consumed, skipped ones included
+    tokens: int = 0  # target tokens seen
+    samples: int = 0  # windows consumed: the next update takes [samples, samples + batch_size)
+    seconds: float = 0.0  # training time, added up over restarts
+    skipped: int = 0  # updates whose gradient was not finite
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: its directory, and the checkpoint that it goes on from (None: from nothing)."""
+
+    out: Path
+    checkpoint: Path | None
+    stored: Config | None  # the configuration in that checkpoint
+    same_run: bool  # it continues the run in `out`, so both configurations must agree
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop needs, checked; `cfg` is resolved, `out` exists."""
+
+    cfg: Config
+    dataset: Dataset
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    state: State
+    out: Path
+
+
+def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
+    """Check everything, load or initialise, and only then create `out`; None for a finished run.
+
+    `note` gets one line for each thing worth telling. Raises InputError, with nothing written.
+    """
+    start = find_start(cfg)
+    cfg = cfg if start.stored is None else adopt(cfg, start.stored)
+    if start.stored is not None and start.same_run:
+        refuse_difference(start, cfg)
+    device = torch.device(resolve_device(cfg.device))
+    dataset = open_dataset(cfg.data, note)
+    loaded = None if start.checkpoint is None else checkpoint.load(start.checkpoint)
+    if loaded is not None and start.same_run and loaded.state["data"] != dataset.fingerprint:
+        remedy = f"its content changed since the run in {start.out} began; restore it, or choose another --out"
+        raise InputError("--data.path", cfg.data.path, remedy)
+    steps = total_steps(cfg, WindowOrder(len(dataset.train), cfg.data.seq_len, cfg.seed).windows_per_epoch)
+    cfg, decisions = resolve(cfg, device, dataset.vocab_size, training_flops(cfg, dataset.vocab_size, steps))
+    state = State() if loaded is None else restore_state(loaded)
+    if is_finished(cfg, state, steps):
+        note(f"{start.out}: finished at step {state.step}, nothing to do")
+        return None
+    model = build_model(cfg, dataset.vocab_size, device)
+    optimizer = build_optimizer(cfg.optim, model)
+    if loaded is not None:
+        load_weights(model, loaded, start)
+        if start.stored is not None and start.stored.optim.name == cfg.optim.name:
+            checkpoint.restore_optimizer(optimizer, model.named_parameters(), loaded.optimizer)
+    size = parameters(cfg.model, dataset.vocab_size).total
+    checkpoint.check_free_space(start.out, (cfg.train.keep + 2) * size * (4 + OPTIMIZER_BYTES))
+    open_directory(start.out, cfg, state)
+    for line in [*start.notes, *summary(cfg, dataset, steps), *decisions]:
+        note(line)
+    return Prepared(cfg, dataset, model, optimizer, state, start.out)
+
+
+def find_start(cfg: Config) -> Start:
+    """Resolve `--out` and `--resume` to a directory and a checkpoint. Raises InputError; creates nothing."""
+    named = Path(cfg.out) if cfg.out else None
+    if named is not None and named.exists() and not named.is_dir():
+        raise InputError("--out", cfg.out, "name a directory; this is a file")
+    if cfg.resume in ("auto", "never"):
+        out = named or Path("runs") / f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if not holds_run(out):
+            return Start(out, None, None, False, [])
+        if cfg.resume == "never":
+            raise InputError("--resume", "never", f"{out} holds a run; choose another --out, or --resume auto")
+        newest, skipped = checkpoint.newest_verified(out)
+        notes = [f"skipped {path.name}: {reason}" for path, reason in skipped]
+        if newest is None:
+            notes.append(f"{out} holds a run without a whole checkpoint: it starts again from step 0")
+            return Start(out, None, None, True, notes)
+        notes.append(f"resuming {out} from {newest.name}")
+        return Start(out, newest, load_config(newest / checkpoint.CONFIG), True, notes)
+    return _start_from(Path(cfg.resume), named)
+
+
+def _start_from(path: Path, out: Path | None) -> Start:
+    """`--resume PATH`: whatever differs in the configuration is taken as meant."""
+    found, skipped = checkpoint.find_checkpoint(path, "--resume")
+    home = found.parent.parent
+    out = out or home
+    if out.resolve() != home.resolve() and holds_run(out):
+        raise InputError("--out", out, "it holds another run than --resume names; choose another directory")
+    notes = [f"skipped {bad.name}: {reason}" for bad, reason in skipped]
+    notes.append(f"starting {out} from {found}")
+    return Start(out, found, load_config(found / checkpoint.CONFIG), False, notes)
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a run has written here before."""
+    return any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+
+
+def adopt(cfg: Config, stored: Config) -> Config:
+    """`cfg` with what it leaves open (`auto`, derived nulls) as the stored run once decided it."""
+    before, now = flatten(stored), flatten(cfg)
+    for key, value in now.items():
+        derived = value is None and key in (*DERIVED, "train.micro_batch_size")
+        if key != "resume" and (value == "auto" or derived):
+            now[key] = before[key]
+    return build(Config, now)
+
+
+def refuse_difference(start: Start, cfg: Config) -> None:
+    """Two configurations in one directory would be two runs mixed."""
+    assert start.stored is not None
+    for key, old, new in config_difference(start.stored, cfg):
+        remedy = (
+            f"the run in {start.out} has {old}; give that, choose another --out, "
+            f"or --resume {start.checkpoint} to go on differently"
+        )
+        raise InputError(f"--{key}", new, remedy)
+
+
+def restore_state(loaded: Checkpoint) -> State:
+    """The counters that a checkpoint holds."""
+    return State(**{f.name: loaded.state[f.name] for f in fields(State)})  # type: ignore[arg-type]
+
+
+def total_steps(cfg: Config, windows_per_epoch: int) -> int | None:
+    """Updates in the whole run; None under a time limit, where the clock decides."""
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    if cfg.train.epochs is not None:
+        return max(1, math.ceil(cfg.train.epochs * windows_per_epoch / cfg.train.batch_size))
+    return None
+
+
+def is_finished(cfg: Config, state: State, steps: int | None) -> bool:
+    """Whether the run's length is already reached."""
+    if steps is not None:
+        return state.step >= steps
+    return cfg.train.max_seconds is not None and state.seconds >= cfg.train.max_seconds
+
+
+def build_model(cfg: Config, vocab_size: int, device: torch.device) -> GPT:
+    """A freshly initialised model on `device`: the same weights for the same seed on every device."""
+    dtype = DTYPES[cfg.train.precision]
+    model = GPT(cfg.model, vocab_size, compute_dtype=dtype, recompute=cfg.train.recompute)
+    return model.init_weights(torch.Generator().manual_seed(cfg.seed)).to(device)
+
+
+def load_weights(model: GPT, loaded: Checkpoint, start: Start) -> None:
+    """Copy a checkpoint's weights in place. Raises InputError where the shapes are another model's."""
+    own = model.state_dict()
+    for name, tensor in own.items():
+        there = loaded.model.get(name)
+        if there is None or there.shape != tensor.shape:
+            shape = "nothing" if there is None else tuple(there.shape)
+            remedy = f"its {name} has {shape}, this configuration's {tuple(tensor.shape)}; give its --model options"
+            raise InputError("--resume", start.checkpoint, remedy)
+    model.load_state_dict({name: loaded.model[name] for name in own})
+
+
+def open_directory(out: Path, cfg: Config, state: State) -> None:
+    """Create `out`, or cut an existing one back to where the run goes on from."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    except OSError as error:
+        raise InputError("--out", out, f"cannot write there ({error.strerror}); choose another directory") from None
+    checkpoint.remove_partial(out)
+    checkpoint.remove_after(out, state.step)
+
+
+def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
+    """FLOPs of the whole run by `flops.py`; infinite under a time limit, which no one can convert."""
+    if steps is None:
+        return float("inf")
+    tokens = steps * cfg.train.batch_size * cfg.data.seq_len
+    return float(tokens) * flops_per_token(cfg.model, vocab_size, cfg.data.seq_len)
+
+
+def summary(cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:
+    """What is about to happen, in numbers."""
+    size = parameters(cfg.model, dataset.vocab_size)
+    batch_tokens = cfg.train.batch_size * cfg.data.seq_len
+    flops = training_flops(cfg, dataset.vocab_size, steps)
+    memory = memory_bytes(
+        cfg.model,
+        dataset.vocab_size,
+        cfg.train.micro_batch_size or cfg.train.batch_size,
+        cfg.data.seq_len,
+        compute_bytes=DTYPES[cfg.train.precision].itemsize,
+        recompute=cfg.train.recompute,
+    )
+    length = f"{cfg.train.max_seconds:g} seconds" if steps is None else f"{steps:,} updates"
+    total = "" if steps is None else f" = {steps * batch_tokens:,} tokens, {flops:.2e} FLOPs (6N + 12LDT a token)"
+    return [
+        f"data: {dataset.source}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for validation, "
+        f"vocabulary {dataset.vocab_size:,}",
+        f"model: {cfg.model.family}, {size.total:,} parameters, {size.matmul:,} of them in matrix products",
+        f"length: {length} of {batch_tokens:,} tokens{total}",
+        f"memory: about {memory / 2**30:.2f} GiB for a training step on {cfg.device}",
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, opened for use."""
+
+    cfg: Config
+    model: GPT
+    tokenizer: Tokenizer | None
+    state: dict[str, object]
+    checkpoint: Path
+
+
+def open_run(path: str, device: str = "auto") -> Run:
+    """Open a run directory's newest verified checkpoint, or one checkpoint, in fp32. Raises InputError."""
+    found, _ = checkpoint.find_checkpoint(Path(path))
+    cfg = load_config(found / checkpoint.CONFIG)
+    resolve_model(cfg)
+    loaded = checkpoint.load(found, optimizer=False)
+    tokenizer_path = found / checkpoint.TOKENIZER
+    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.exists() else None
+    vocab_size = loaded.state["vocab_size"]
+    assert isinstance(vocab_size, int)
+    model = GPT(cfg.model, vocab_size)
+    model.load_state_dict(loaded.model)
+    return Run(cfg, model.to(resolve_device(device)), tokenizer, loaded.state, found)

@@ -1,0 +1,366 @@
+"""Training: the state of a run, one update, the loop. `python -m fastlm.train` with no argument trains at once.
+
+    state <- newest verified checkpoint, or step 0
+    until the last step:
+        batch  <- samples [n, n + batch_size)                      data.py
+        loss   =  sum of nats over the batch's targets / their number
+        update <- optimizer(clip(gradient), lr * multiplier(step))  optim.py, schedule.py
+        now and then: log, evaluate, sample, save                   log.py, evaluate.py, samples.py, checkpoint.py
+
+Whatever is random is a pure function of the seed and a counter kept in the state, so that a run continued from a
+checkpoint is the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fastlm_kernels as fk
+
+from . import checkpoint
+from .config import Config, dump_config, parse_config
+from .data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
+from .errors import GuardStop, run_command
+from .evaluate import Evaluation, evaluate
+from .flops import flops_per_token, peak_flops
+from .log import MetricsLog, Progress, read_metrics, warn
+from .model import hash32
+from .optim import set_lr
+from .plot import plot_loss
+from .run import Prepared, prepare, total_steps
+from .samples import append_sample, draw_sample, drop_samples_after
+from .schedule import multiplier
+
+EVAL_SUBSET_TOKENS = 2**15  # predicted tokens in every evaluation but the last
+SKIPS_BEFORE_STOP = 10  # non-finite updates in a row after which going on could not help
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update left behind, as 0-d tensors on the device: read them where waiting for it is no loss."""
+
+    step: int
+    lr: float
+    loss: Tensor  # mean nats a target token
+    grad_norm: Tensor  # before clipping; not finite where the update was skipped
+
+
+def train_step(
+    loss_of: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    micro_batch_size: int,
+    seeds_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward, backward and update on (B, T) inputs and targets -> (loss, grad_norm), 0-d each.
+
+    Every micro-batch divides by the number of target tokens of the whole batch: however it is cut, the gradient is
+    the same. The optimizer clips, and leaves itself and the parameters untouched when the norm is not finite.
+    """
+    num_items = (batch.targets != IGNORE).sum()
+    loss = torch.zeros((), device=batch.inputs.device)
+    for start in range(0, batch.inputs.size(0), micro_batch_size):
+        cut = slice(start, start + micro_batch_size)
+        seeds = None if seeds_B is None else seeds_B[cut]
+        part = loss_of(batch.inputs[cut], batch.targets[cut], num_items=num_items, seeds_B=seeds)
+        part.backward()
+        loss += part.detach()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    return loss, optimizer.grad_norm  # type: ignore[attr-defined]
+
+
+class Trainer:
+    """The loop over updates, and what happens between them."""
+
+    def __init__(self, run: Prepared):
+        self.cfg, self.data, self.state, self.out = run.cfg, run.dataset, run.state, run.out
+        self.model, self.optimizer = run.model, run.optimizer
+        self.device = next(run.model.parameters()).device
+        compiled = torch.compile(run.model) if run.cfg.train.compile else run.model
+        self.loss_of: nn.Module = compiled  # type: ignore[assignment]
+        self.order = WindowOrder(len(self.data.train), self.cfg.data.seq_len, self.cfg.seed)
+        self.total_steps = total_steps(self.cfg, self.order.windows_per_epoch)
+        self.token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
+        self.meter = Meter(self.cfg, self.data.vocab_size, self.device)
+        self.unread: list[Update] = []  # updates whose norm the host has not looked at yet
+        self.stop_signal: int | None = None
+        self.last_eval: tuple[int, float] | None = None  # step and loss on the subset
+
+    def train(self) -> int:
+        """Run to the end, or to the first signal -> exit code."""
+        state, cfg = self.state, self.cfg
+        self.progress = Progress(
+            self.total_steps, state.step, max_seconds=cfg.train.max_seconds, start_seconds=state.seconds
+        )
+        resumed = asdict(state) if state.step else {}
+        self.metrics = MetricsLog(
+            self.out / "metrics.jsonl",
+            resume_step=state.step if state.step else None,
+            saved={key: resumed[key] for key in ("tokens", "seconds") if resumed} or None,
+        )
+        loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples)
+        with self.metrics, self.progress, loader, self._signals(), self._kernels():
+            self._begin()
+            return self._loop(loader)
+
+    def _loop(self, loader: BatchLoader) -> int:
+        train = self.cfg.train
+        for batch in loader:
+            update = self._update(batch)
+            last = self._is_last()
+            self._log(update, last)
+            if self._due(train.eval_every, last):
+                self._evaluate(full=last)
+            if self._due(train.sample_every, last):
+                self._sample()
+            if self._due(train.save_every, last) or self.stop_signal:
+                self._save()
+            if last:
+                return self._end()
+            if self.stop_signal:
+                return self._interrupted()
+        raise AssertionError("the loader never ends")
+
+    def _begin(self) -> None:
+        drop_samples_after(self.out / "samples.md", self.state.step)
+        self.clock = time.monotonic() - self.state.seconds
+        self.metrics.write("start", **self._when())
+        if self.state.step == 0:
+            self._evaluate(full=False)
+        self.meter.restart()
+
+    def _update(self, batch: Batch) -> Update:
+        state, cfg = self.state, self.cfg
+        lr = set_lr(self.optimizer, multiplier(cfg.optim, state.step, self._expected_steps()))
+        seeds_B = None
+        if cfg.model.dropout > 0:
+            samples = torch.arange(state.samples, state.samples + cfg.train.batch_size)
+            seeds_B = hash32(hash32(samples) + cfg.seed).to(self.device)
+        batch = Batch(*(x.to(self.device, non_blocking=True) for x in batch[:2]), batch.first_sample)
+        micro_batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
+        loss, grad_norm = train_step(
+            self.loss_of, self.optimizer, batch, micro_batch_size=micro_batch_size, seeds_B=seeds_B
+        )
+        tokens = batch.targets.numel()
+        state.step += 1
+        state.samples += cfg.train.batch_size
+        state.tokens += tokens
+        self.meter.count(tokens)
+        return Update(state.step, lr, loss, grad_norm)
+
+    def _log(self, update: Update, last: bool) -> None:
+        """Write what is due; on a GPU only then does the host wait for the device."""
+        train = self.cfg.train
+        write = self.state.step == 1 or last or self.state.step % train.log_every == 0
+        self.unread.append(update)
+        saves = self._due(train.save_every, last) or self.stop_signal
+        if write or saves or self.device.type == "cpu":
+            self._read_norms()
+        if write:
+            speed, mfu = self.meter.read()
+            line = {"loss": float(update.loss), "lr": update.lr, "grad_norm": float(update.grad_norm)}
+            self.metrics.write("train", **self._when(), **line, tokens_per_second=speed, mfu=mfu)
+            self.progress.update(update.step, line["loss"], speed, mfu)
+
+    def _read_norms(self) -> None:
+        """Count the updates that were skipped because their gradient was not finite; stop after too many in a row."""
+        state = self.state
+        for update in self.unread:
+            if math.isfinite(float(update.grad_norm)):
+                state.skipped_in_a_row = 0
+                continue
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            self.metrics.write("skip", **(self._when() | {"step": update.step}), skipped=state.skipped)
+            self.progress.note(f"step {update.step}: the gradient is not finite, update skipped")
+            if state.skipped_in_a_row >= SKIPS_BEFORE_STOP:
+                raise GuardStop(self._guard_message())
+        self.unread.clear()
+
+    def _evaluate(self, *, full: bool) -> None:
+        with self.meter.paused():
+            result = self._evaluation(full)
+        line = {"val_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        self.metrics.write("eval", **self._when(), **line, full=full)
+        if not full:
+            self.last_eval = (self.state.step, result.loss)
+        what = "whole validation split" if full else "validation subset"
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        self.progress.note(f"step {self.state.step}: validation loss {result.loss:.4f}{bits} ({what})")
+
+    def _evaluation(self, full: bool) -> Evaluation:
+        cfg = self.cfg
+        limit = None if full else max(1, EVAL_SUBSET_TOKENS // cfg.data.seq_len)
+        micro_batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
+        windows = eval_windows(self.data.val, cfg.data.seq_len, micro_batch_size, limit)
+        return evaluate(self.model, windows, self.token_bytes)
+
+    def _sample(self) -> None:
+        tokenizer = self.data.tokenizer
+        if tokenizer is None:
+            return
+        with self.meter.paused():
+            seed = int(hash32(torch.tensor(self.cfg.seed + self.state.step)))
+            sample = draw_sample(self.model, tokenizer, seed=seed, is_code=self.data.is_code)
+        append_sample(self.out / "samples.md", sample, step=self.state.step, tokens=self.state.tokens)
+        self.metrics.write("sample", **self._when(), tokenizes=sample.tokenizes)
+        share = "" if sample.tokenizes is None else f" ({sample.tokenizes:.0%} of its lines tokenize as Python)"
+        self.progress.note(f"step {self.state.step}: sampled{share}\n{sample.texts[0].strip()}")
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        with self.meter.paused():
+            try:
+                checkpoint.save(
+                    self.out,
+                    self.state.step,
+                    model=self.model.state_dict(),
+                    optimizer=checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
+                    state=self._state_json(),
+                    config=dump_config(self.cfg),
+                    tokenizer=self.data.tokenizer,
+                )
+            except checkpoint.SaveFailed as failure:
+                warn(f"{failure}; training goes on, the last good checkpoint is kept")
+                return
+            checkpoint.prune(self.out, self.cfg.train.keep, self.cfg.train.keep_best)
+        self.metrics.write("save", **self._when())
+
+    def _end(self) -> int:
+        self.metrics.write("end", **self._when())
+        self._draw()
+        return 0
+
+    def _interrupted(self) -> int:
+        assert self.stop_signal is not None
+        name = signal.Signals(self.stop_signal).name
+        self.progress.note(f"{name}: saved at step {self.state.step}; the same command with --out {self.out} goes on")
+        self._draw()
+        return 128 + self.stop_signal
+
+    def _draw(self) -> None:
+        try:
+            plot_loss(read_metrics(self.out / "metrics.jsonl"), self.out / "loss.png")
+        except OSError as error:
+            warn(f"loss.png not drawn: {error}")
+
+    def _is_last(self) -> bool:
+        if self.total_steps is not None:
+            return self.state.step >= self.total_steps
+        assert self.cfg.train.max_seconds is not None
+        return self.state.seconds >= self.cfg.train.max_seconds
+
+    def _expected_steps(self) -> float:
+        """The run's length in updates; under a time limit the estimate from the pace so far."""
+        if self.total_steps is not None:
+            return self.total_steps
+        assert self.cfg.train.max_seconds is not None
+        share = self.state.seconds / self.cfg.train.max_seconds
+        return self.state.step / share if share > 0 and self.state.step else math.inf
+
+    def _due(self, every: int | None, last: bool) -> bool:
+        return last or (every is not None and self.state.step % every == 0)
+
+    def _when(self) -> dict[str, float]:
+        self.state.seconds = time.monotonic() - self.clock
+        return {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.state.seconds}
+
+    def _state_json(self) -> dict[str, object]:
+        evaluated = self.last_eval is not None and self.last_eval[0] == self.state.step
+        return asdict(self.state) | {
+            "vocab_size": self.data.vocab_size,
+            "data": self.data.fingerprint,
+            "val_loss": self.last_eval[1] if self.last_eval and evaluated else None,  # on the fixed subset
+        }
+
+    def _guard_message(self) -> str:
+        newest, _ = checkpoint.newest_verified(self.out)
+        good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        return (
+            f"{self.state.skipped_in_a_row} updates in a row had a gradient that is not finite; {good}; "
+            "lower --optim.lr or look at the data around this step"
+        )
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        with fk.backend("torch") if self.cfg.model.kernels == "torch" else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM: note the first, leave at once on the second."""
+
+        def stop(number: int, frame: object) -> None:
+            if self.stop_signal is not None:
+                os._exit(128 + number)
+            self.stop_signal = number
+            self.progress.note(f"{signal.Signals(number).name}: saving at the end of this step; again to leave at once")
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Tokens per second and model FLOPs utilisation between two readings, pauses taken out."""
+
+    def __init__(self, cfg: Config, vocab_size: int, device: torch.device):
+        self.flops_per_token = flops_per_token(cfg.model, vocab_size, cfg.data.seq_len)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = peak_flops(name)
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.since = 0, time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def read(self) -> tuple[float, float | None]:
+        """-> (tokens per second, MFU or None where the peak is unknown) since the last reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        speed = self.tokens / max(time.monotonic() - self.since, 1e-9)
+        self.restart()
+        return speed, None if self.peak is None else speed * self.flops_per_token / self.peak
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.since += time.monotonic() - start
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, prepare, train."""
+    cfg = parse_config(sys.argv[1:] if argv is None else argv)
+    run = prepare(cfg, print_line)
+    return 0 if run is None else Trainer(run).train()
+
+
+def print_line(text: str) -> None:
+    """One line on stdout, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from fastlm.errors import InputError, show
+from .errors import InputError, show
 
 T = TypeVar("T")
 Values = dict[str, object]  # dotted key -> value
@@ -67,7 +67,7 @@ def _comments(cls: type) -> dict[str, str]:
 def parse_arguments(cls: type[T], argv: Sequence[str], *, command: str, positional: str | None = None) -> T:
     """Fill dataclass `cls` from `argv`: `--key value` or `--key=value`, dotted keys for nested sections.
 
-    `command` is what the user typed before the arguments, for the help. `positional` names the field that is
+    `command` is the module that the user ran, as in `fastlm.generate`. `positional` names the field that is
     given without a flag, a run directory for one. `--help` prints and exits with 0. Raises InputError.
     """
     fields = leaves(cls)
@@ -158,9 +158,7 @@ def nearest_key(name: str, known: Iterable[str], fields: Mapping[str, Leaf]) -> 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:
         by_last = {key.split(".")[-1]: key for key in reversed(known)}
-        near = [
-            by_last[word] for word in difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.7)
-        ]
+        near = [by_last[word] for word in difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.7)]
     return near[0] if near else None
 
 
@@ -179,9 +177,7 @@ def convert(leaf: Leaf, value: object, file: str | None = None) -> object:
     """`value`, typed text or what YAML made of it, as `leaf.hint` wants it. Raises InputError."""
     import jsonargparse
 
-    if value is None or (
-        isinstance(value, str) and value in ("null", "~") and _allows(leaf.hint, type(None))
-    ):
+    if value is None or (isinstance(value, str) and value in ("null", "~") and _allows(leaf.hint, type(None))):
         if _allows(leaf.hint, type(None)):
             return None
         raise complaint(leaf.key, None, remedy(leaf.hint, value), file)
@@ -239,14 +235,12 @@ def remedy(hint: Any, value: object) -> str:
     return f"give a list of {count} numbers, as in [{', '.join(['0.9', '0.95', '0.99'][:count])}]{off}"
 
 
-def build(
-    cls: type[T], values: Mapping[str, object], *, command: str = "", positional: str | None = None
-) -> T:
+def build(cls: type[T], values: Mapping[str, object], *, command: str = "", positional: str | None = None) -> T:
     """Dataclass `cls` from converted values by dotted key; absent ones keep their defaults."""
     for key, leaf in leaves(cls).items():
         if leaf.default is dataclasses.MISSING and key not in values:
             if key == positional:
-                raise InputError(key.upper(), "nothing", f"name it, as in {command} {key.upper()}")
+                raise InputError(key.upper(), "nothing", f"name it, as in python -m {command} {key.upper()}")
             raise InputError(f"--{key}", "nothing", f"write --{key} VALUE")
     return _build(cls, values, "")
 
@@ -327,9 +321,7 @@ def _strict_loader() -> Any:
     return Loader
 
 
-def _flatten_yaml(
-    tree: dict[Any, Any], prefix: str, fields: Mapping[str, Leaf], into: Values, file: str
-) -> None:
+def _flatten_yaml(tree: dict[Any, Any], prefix: str, fields: Mapping[str, Leaf], into: Values, file: str) -> None:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in fields:
@@ -347,7 +339,7 @@ def help_text(
 ) -> str:
     """One line a setting, grouped by section: flag, default, meaning. `extra` goes before the settings."""
     lines = [
-        f"usage: {command}" + (f" {positional.upper()}" if positional else "") + " [--KEY VALUE ...]",
+        f"usage: python -m {command}" + (f" {positional.upper()}" if positional else "") + " [--KEY VALUE ...]",
         "",
     ]
     lines += [inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], ""]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastlm.arguments import (
+from .arguments import (
     Values,
     build,
     complaint,
@@ -29,7 +29,8 @@ from fastlm.arguments import (
     read_flags,
     read_yaml,
 )
-from fastlm.errors import InputError
+from .arguments import parse_arguments as parse_arguments  # a command needs only this module
+from .errors import InputError
 
 
 @dataclass
@@ -169,7 +170,7 @@ BOUNDS: dict[str, Bound] = {
     "optim.grad_clip": POSITIVE,
     "optim.warmup_steps": NOT_NEGATIVE,
     "optim.min_lr_ratio": SHARE,
-    "optim.decay_fraction": SHARE,
+    "optim.decay_fraction": Bound(0, 1, open_low=True),
     "train.steps": COUNT,
     "train.epochs": POSITIVE,
     "train.max_seconds": POSITIVE,
@@ -252,6 +253,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: f"give at least --data.seq_len {c.data.seq_len}, or null for just that",
     ),
     Rule(
+        "optim.min_lr_ratio",
+        lambda c: c.optim.schedule != "exponential" or c.optim.min_lr_ratio > 0,
+        lambda c: "an exponential schedule never reaches 0; give more, 0.1 for one",
+    ),
+    Rule(
         "train.micro_batch_size",
         lambda c: c.train.batch_size % (c.train.micro_batch_size or 1) == 0,
         lambda c: (
@@ -289,9 +295,7 @@ def validate(cfg: Config) -> None:
     lengths = {key: value for key, value in flatten(cfg).items() if key in LENGTHS and value is not None}
     if len(lengths) != 1:
         key, value = (LENGTHS[0], None) if not lengths else list(lengths.items())[-1]
-        raise InputError(
-            f"--{key}", value, f"give exactly one of {', '.join(f'--{name}' for name in LENGTHS)}"
-        )
+        raise InputError(f"--{key}", value, f"give exactly one of {', '.join(f'--{name}' for name in LENGTHS)}")
     for rule in RULES:
         if not rule.holds(cfg):
             raise InputError(f"--{rule.key}", flatten(cfg)[rule.key], rule.remedy(cfg))
@@ -318,9 +322,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     layers = []
     if "config" in flags:
         layers = [Layer(flags["config"], read_yaml(Path(flags["config"]), fields))]
-    layers.append(
-        Layer(None, {key: convert(fields[key], text) for key, text in flags.items() if key in fields})
-    )
+    layers.append(Layer(None, {key: convert(fields[key], text) for key, text in flags.items() if key in fields}))
     cfg, origin = merge_layers([_preset_layer(layers), *layers])
     _check(cfg, origin, flags)
     if "print_config" in flags:
@@ -372,9 +374,7 @@ def _check_tokenizer(name: str) -> None:
         return
     near = difflib.get_close_matches(name, TOKENIZERS, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(
-        "--data.tokenizer", name, f"choose one of {', '.join(TOKENIZERS)}, or an existing path{guess}"
-    )
+    raise InputError("--data.tokenizer", name, f"choose one of {', '.join(TOKENIZERS)}, or an existing path{guess}")
 
 
 def presets() -> dict[str, Path]:
@@ -423,7 +423,7 @@ def config_help() -> str:
   --config FILE.yaml       settings of a file, over the preset's and under the flags'
   --print_config           print the whole configuration as YAML and exit
   --help                   print this and exit"""
-    return help_text(Config, "python -m fastlm.train", extra=extra)
+    return help_text(Config, "fastlm.train", extra=extra)
 
 
 def dump_config(cfg: Config, omit: Sequence[str] = RUN_KEYS) -> str:
@@ -438,9 +438,7 @@ def dump_config(cfg: Config, omit: Sequence[str] = RUN_KEYS) -> str:
         if key in omit:
             continue
         section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = (
-            list(value) if isinstance(value, tuple) else value
-        )
+        (tree.setdefault(section, {}) if section else tree)[name] = list(value) if isinstance(value, tuple) else value
     header = "# The configuration of a run; to repeat it: python -m fastlm.train --config THIS_FILE\n"
     return header + yaml.dump(tree, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=1000)
 
@@ -485,9 +483,7 @@ def config_difference(old: Config, new: Config) -> list[tuple[str, object, objec
     before, after = flatten(absolute_paths(old)), flatten(absolute_paths(new))
     different = []
     for key in before:
-        if key not in (*LENGTHS, "seed", "train.batch_size") and not key.startswith(
-            ("model.", "data.", "optim.")
-        ):
+        if key not in (*LENGTHS, "seed", "train.batch_size") and not key.startswith(("model.", "data.", "optim.")):
             continue
         open_ = after[key] == "auto" or (after[key] is None and key in DERIVED)
         if before[key] != after[key] and not open_:

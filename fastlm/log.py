@@ -8,17 +8,18 @@ warnings to stderr.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, TextIO, get_args
 
-from fastlm.checkpoint import json_bytes
+from .checkpoint import json_bytes
 
 Event = Literal["start", "train", "eval", "sample", "save", "skip", "end"]
+METRICS = "metrics.jsonl"
 EVENTS: tuple[Event, ...] = get_args(Event)
 Record = dict[str, Any]
 
@@ -42,35 +43,35 @@ def warn(text: str) -> None:
 
 
 class MetricsLog:
-    """Writes one event a line to metrics.jsonl, each line whole and at once, and the numbers to TensorBoard.
+    """Writes one event a line to `run_dir/metrics.jsonl`, each line whole and at once, and the numbers to TensorBoard.
 
-    With `resume_step` the file is first cut back to the checkpoint of that step (see `cut_back`); `saved` has
-    the fields of that checkpoint's own "save" line (tokens, seconds, ...), which is put back should the process
-    have died between the checkpoint and the line. Without, an old file is emptied.
+    `step` is that of the checkpoint the run goes on from: the file is first cut back to it (see `cut_back`); 0, a run
+    from nothing, empties it. `saved` has the fields of that checkpoint's own "save" line (tokens, seconds, ...), which
+    is put back should the process have died between the checkpoint and the line.
     A full disk never stops the run: lines wait in memory until there is room.
 
-    TensorBoard is imported at the first event after the first train line, not before: its import would keep
-    someone who has just started a run waiting for the first loss.
+    TensorBoard is imported at the first event after the first train line, not before: its import would keep someone
+    who has just started a run waiting for the first loss.
     """
 
     def __init__(
         self,
-        path: Path,
+        run_dir: Path,
+        step: int = 0,
         *,
-        resume_step: int | None = None,
         saved: Mapping[str, object] | None = None,
         tensorboard: bool = True,
         notify: Callable[[str], None] = warn,
     ):
-        self.path, self._notify = path, notify
-        kept = cut_back(path, resume_step)
+        self.path, self._notify = run_dir / METRICS, notify
+        kept = cut_back(self.path, step)
         self._waiting = b""  # lines that the disk had no room for
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the log
         self._end = self._file.tell()
-        self._events = EventFile(path.parent, kept) if tensorboard else None
-        has_line = any(record["event"] == "save" and record["step"] == resume_step for record in kept)
-        if resume_step is not None and saved is not None and not has_line:
-            self._write_record({"event": "save", "step": resume_step, **saved})
+        self._events = EventFile(run_dir, kept) if tensorboard else None
+        has_line = any(record["event"] == "save" and record["step"] == step for record in kept)
+        if saved is not None and kept and not has_line:
+            self._write_record({"event": "save", "step": step, **saved})
 
     def write(self, event: Event, *, step: int, tokens: int, seconds: float, **fields: object) -> None:
         """Append one event: updates done, tokens seen, seconds of training in all, and its own fields.
@@ -137,14 +138,14 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def cut_back(path: Path, step: int | None) -> list[Record]:
+def cut_back(path: Path, step: int) -> list[Record]:
     """Cut metrics.jsonl to what a checkpoint after `step` updates had behind it, in one rename; what is left.
 
-    Left are the lines up to that step, which were all written before the checkpoint was. "end" goes: the run
-    goes on. None cuts everything, for a run that starts anew.
+    Left are the lines up to that step, which were all written before the checkpoint was; "end" goes, for the run goes
+    on. At step 0 there is no checkpoint, and nothing is left.
     """
-    records = read_metrics(path) if step is not None else []
-    kept = [r for r in records if step is not None and r["step"] <= step and r["event"] != "end"]
+    records = read_metrics(path) if step else []
+    kept = [record for record in records if record["step"] <= step and record["event"] != "end"]
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
@@ -208,87 +209,63 @@ class EventFile:
 class Progress:
     """How far training is: a live bar in a terminal, else a line for each update with a loss.
 
-        with Progress(total_steps=400, start_step=0) as progress:
-            progress.update(step=10, loss=5.1, tokens_per_second=12e3, mfu=0.12)
+        with Progress() as progress:
+            progress.update(10, 400, loss=5.1, tokens_per_second=12e3, mfu=0.12)
             progress.note("validation loss 4.9")
 
-    Without `total_steps` the share done is that of `max_seconds`. `file` is where it goes, stdout by default.
+    `file` is where it goes, stdout by default. The bar appears with the first update.
     """
 
-    def __init__(
-        self,
-        total_steps: int | None,
-        start_step: int = 0,
-        *,
-        max_seconds: float | None = None,
-        start_seconds: float = 0.0,
-        file: TextIO | None = None,
-    ):
-        self.total_steps, self.start_step, self.max_seconds = total_steps, start_step, max_seconds
+    def __init__(self, file: TextIO | None = None):
         self.file = file or sys.stdout
-        self._offset = start_seconds  # seconds of training before this process
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first update seen here
+        self._live = self.file.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: Any = None
         self._numbers = ""
-        if self.file.isatty() and os.environ.get("TERM") != "dumb":
-            self._bar = _rich_bar(self.file)
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
-        if self._bar is not None:
-            self._task = self._bar.add_task("", total=1.0, numbers="starting", eta="")
-            self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def update(
         self,
         step: int,
+        total_steps: float | None,
         loss: float | None = None,
         tokens_per_second: float | None = None,
         mfu: float | None = None,
     ) -> None:
-        """After update `step`; without a loss only the bar moves."""
-        eta = self.eta_seconds(step)
-        timing = "" if eta is None else f"eta {format_seconds(eta)}"
+        """After update `step` of `total_steps` (None or infinite: not known); without a loss only the bar moves."""
+        total = None if total_steps is None or math.isinf(total_steps) else max(step, round(total_steps))
+        seconds = self._seconds_left(step, total)
+        eta = "" if seconds is None else f"eta {format_seconds(seconds)}"
         if loss is not None:
             self._numbers = format_numbers(loss, tokens_per_second, mfu)
-        of = f"/{self.total_steps}" if self.total_steps else ""
-        if self._bar is not None:
-            numbers = f"step {step}{of}  {self._numbers}"
-            self._bar.update(self._task, completed=self.share_done(step), numbers=numbers, eta=timing)
+        text = f"step {step}" + ("" if total is None else f"/{total}") + f"  {self._numbers}"
+        if self._live:
+            if self._bar is None:
+                self._bar = _rich_bar(self.file)
+            self._bar.update(self._bar.task_ids[0], completed=step, total=total, numbers=text, eta=eta)
         elif loss is not None:
-            self._print(f"step {step}{of}  {self._numbers}  {timing}".rstrip())
+            self._print(f"{text}  {eta}".rstrip())
 
     def note(self, text: str) -> None:
-        """A line of its own: an evaluation, a checkpoint, a sample."""
+        """Lines of their own: an evaluation, a checkpoint, a sample."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             self._print(text)
 
-    def share_done(self, step: int) -> float:
-        """How much of the run is behind, 0 to 1."""
-        if self.total_steps:
-            return min(1.0, step / self.total_steps)
-        if self.max_seconds:
-            return min(1.0, (self._offset + time.monotonic() - self._began) / self.max_seconds)
-        return 0.0
-
-    def eta_seconds(self, step: int) -> float | None:
-        """Seconds to go at this process's mean speed; None where nothing is known yet."""
-        elapsed = time.monotonic() - self._began
-        if self.total_steps:
-            done = step - self.start_step
-            return elapsed / done * (self.total_steps - step) if done > 1 else None
-        if self.max_seconds:
-            return max(0.0, self.max_seconds - self._offset - elapsed)
-        return None
+    def _seconds_left(self, step: int, total: int | None) -> float | None:
+        """Seconds to go at the mean speed since the first update seen; None while that is unknown."""
+        now = time.monotonic()
+        first_step, began = self._first = self._first or (step, now)
+        if total is None or step <= first_step:
+            return None
+        return (now - began) / (step - first_step) * (total - step)
 
     def _print(self, text: str) -> None:
         self.file.write(f"{text}\n")
@@ -296,12 +273,12 @@ class Progress:
 
 
 def _rich_bar(file: TextIO) -> Any:
-    """A rich progress bar on a terminal; rich is imported only there."""
+    """A started rich progress bar with one task; rich is imported only here, for a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    return Bar(
+    bar = Bar(
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TextColumn("{task.fields[numbers]}", markup=False),
@@ -309,6 +286,9 @@ def _rich_bar(file: TextIO) -> Any:
         console=Console(file=file),
         refresh_per_second=4,
     )
+    bar.add_task("", total=None, numbers="", eta="")
+    bar.start()
+    return bar
 
 
 def format_numbers(loss: float, tokens_per_second: float | None, mfu: float | None) -> str:
@@ -329,3 +309,13 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def draw_loss(run_dir: Path) -> None:
+    """Draw `run_dir/loss.png` from the record; a disk that refuses costs a warning, not the run."""
+    from .plot import plot_loss
+
+    try:
+        plot_loss(read_metrics(run_dir / METRICS), run_dir / "loss.png")
+    except OSError as error:
+        warn(f"{run_dir / 'loss.png'} not drawn ({error.strerror})")

@@ -1,0 +1,191 @@
+"""Is every kernel as accurate as PyTorch's op?   python -m fastlm_kernels.check [--kernel NAME] [--device D]
+
+The rule, for the output and every gradient, in fp32 as in fp16 and bf16. The unit of error of an element is
+
+    u = eps(dtype) |ref|  +  the largest change of ref over 8 draws of a relative eps(dtype) perturbation
+                             of every input, the upstream gradient included
+
+with ref computed in fp64: an error of one unit is what rounding the inputs alone may cause. A result passes if
+
+    max(err / u) <= 2 max(err of PyTorch / u) + 4      and      rms(err / u) <= 2 rms(err of PyTorch / u) + 1
+
+with PyTorch's op on the same device and inputs as the baseline; where u is 0 the error must be 0. Both sides are
+judged per element, so that a gradient's small elements count as much as its large ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _runtime
+from .registry import KERNELS, Case, Kernel, case_name
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Error:
+    """The error of one result (an output or a gradient) in units, beside what the rule allows."""
+
+    quantity: str
+    worst: float
+    worst_allowed: float
+    rms: float
+    rms_allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both the largest and the mean error are within the rule; NaN never is."""
+        return self.worst <= self.worst_allowed and self.rms <= self.rms_allowed
+
+
+def results(
+    fn: Callable[..., Any], arguments: tuple[Any, ...], upstream: tuple[Tensor, ...] | None = None
+) -> dict[str, Tensor]:
+    """fn's outputs ("output 0", ...) and, given `upstream`, the gradients of its arguments by parameter name."""
+    outputs = fn(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = {f"output {i}": output for i, output in enumerate(outputs)}
+    named = zip(inspect.signature(fn).parameters, arguments, strict=False)
+    leaves = {name: a for name, a in named if isinstance(a, Tensor) and a.requires_grad}
+    if upstream is not None and leaves:
+        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def upstream_gradients(fn: Callable[..., Any], arguments: tuple[Any, ...], seed: int) -> tuple[Tensor, ...]:
+    """A random upstream gradient for each output of fn, of its shape, dtype and device."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        outputs = fn(*arguments)
+    return tuple(
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        for o in (outputs if isinstance(outputs, tuple) else (outputs,))
+    )
+
+
+def _map(arguments: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    return tuple(
+        change(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+
+
+def exact(
+    reference: Callable[..., Any], arguments: tuple[Any, ...], upstream: tuple[Tensor, ...], seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The fp64 results and each one's change under input rounding (the second term of u), elementwise."""
+    truth = results(reference, _map(arguments, Tensor.double), _map(upstream, Tensor.double))
+    change = {name: torch.zeros_like(tensor) for name, tensor in truth.items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(tensor: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return tensor.double() * (1 + torch.finfo(tensor.dtype).eps * signs.to(tensor.device))
+
+    for _ in range(_DRAWS):
+        moved = results(reference, _map(arguments, nudge), _map(upstream, nudge))
+        for name, tensor in moved.items():
+            change[name] = torch.maximum(change[name], (tensor - truth[name]).abs())
+    return truth, change
+
+
+def in_units(result: Tensor, truth: Tensor, change: Tensor) -> Tensor:
+    """|result - truth| / u, elementwise; where u is 0: 0 for an exact result, infinity for any other."""
+    error = (result.double() - truth).abs()
+    unit = torch.finfo(result.dtype).eps * truth.abs() + change
+    return torch.where(unit > 0, error / unit, torch.where(error == 0, 0.0, torch.inf))
+
+
+def _largest_and_rms(units: Tensor) -> tuple[float, float]:
+    if units.numel() == 0:
+        return 0.0, 0.0
+    return units.max().item(), units.square().mean().sqrt().item()
+
+
+def compare(
+    fused: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    upstream: tuple[Tensor, ...],
+) -> list[Error]:
+    """The rule, applied to every output and gradient of `fused(*arguments)`."""
+    truth, change = exact(reference, arguments, upstream)
+    ours = results(fused, arguments, upstream)
+    theirs = results(reference, arguments, upstream)
+    errors = []
+    for name, result in ours.items():
+        worst, rms = _largest_and_rms(in_units(result, truth[name], change[name]))
+        base_worst, base_rms = _largest_and_rms(in_units(theirs[name], truth[name], change[name]))
+        errors.append(Error(name, worst, 2 * base_worst + 4, rms, 2 * base_rms + 1))
+    return errors
+
+
+def check_kernel(
+    kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> list[Error]:
+    """The rule, applied to one registry entry on one case."""
+    arguments = kernel.inputs(dtype, device, seed, **case)
+    upstream = upstream_gradients(kernel.reference, arguments, seed + 1)
+    return compare(kernel.fused, kernel.reference, arguments, upstream)
+
+
+def _rows(names: list[str] | None, device: torch.device) -> Iterator[tuple[bool, str]]:
+    for kernel in KERNELS:
+        if names and kernel.name not in names:
+            continue
+        for dtype in DTYPES:
+            for case in kernel.small:
+                yield _row(kernel, case, dtype, device)
+
+
+def _row(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    errors = check_kernel(kernel, case, dtype, device)
+    path = _runtime.explain(kernel.fused, *kernel.inputs(dtype, device, 0, **case)).path
+    worst = max(errors, key=lambda e: (not e.ok, e.worst / e.worst_allowed))
+    ok = all(e.ok for e in errors)
+    label = f"{kernel.name:16}{str(dtype).removeprefix('torch.'):10}{case_name(case):28}{path:8}"
+    numbers = f"{worst.worst:9.2f}{worst.worst_allowed:9.2f}{worst.rms:9.3f}{worst.rms_allowed:9.3f}"
+    return ok, f"{label}{worst.quantity:22}{numbers}  {'ok' if ok else 'FAIL'}"
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"on {torch.cuda.get_device_name(device)}"
+    if _runtime.INTERPRETED:
+        return "in Triton's interpreter on the CPU"
+    return "on the CPU: PyTorch's own path (set TRITON_INTERPRET=1 to run the kernels)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the kernels, print one table; 0 if every one passes, 1 if not."""
+    parser = argparse.ArgumentParser(prog="python -m fastlm_kernels.check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    known = [kernel.name for kernel in KERNELS]
+    parser.add_argument("--kernel", action="append", choices=known, help="one kernel (may be repeated)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    sys.stdout.write(f"fastlm_kernels {_where(device)}; errors in units, the worst result of each case\n")
+    header = f"{'kernel':16}{'dtype':10}{'case':28}{'path':8}{'worst result':22}"
+    sys.stdout.write(f"{header}{'max':>9}{'allowed':>9}{'rms':>9}{'allowed':>9}\n")
+    failures = count = 0
+    for ok, line in _rows(options.kernel, device):
+        sys.stdout.write(f"{line}\n")
+        count, failures = count + 1, failures + (not ok)
+    sys.stdout.write(f"{count - failures} of {count} pass\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

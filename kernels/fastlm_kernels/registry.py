@@ -1,0 +1,181 @@
+"""Every kernel, once. Tests, benches, `check`, `aot` and the README's table iterate over `KERNELS`.
+
+Adding a kernel is one file and one entry here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import norm
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One public function with everything needed to test and time it.
+
+    fused      the public function
+    reference  the same signature in plain PyTorch: CPU path, truth (in fp64) and baseline
+    inputs     (dtype, device, seed, **case) -> positional arguments, the differentiable ones requiring grad
+    small      cases for tests: odd lengths, views, every branch of the kernel
+    large      cases for benches
+    traffic    (case, dtype, backward) -> bytes that must move
+    flops      (case, backward) -> floating-point operations
+    """
+
+    fused: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Callable[..., tuple[Any, ...]]
+    small: tuple[Case, ...]
+    large: tuple[Case, ...]
+    traffic: Callable[[Case, torch.dtype, bool], int]
+    flops: Callable[[Case, bool], int]
+
+    @property
+    def name(self) -> str:
+        """The public function's name."""
+        return self.fused.__name__
+
+
+def case_name(case: Case) -> str:
+    """A test's or benchmark's name made from its values: "rows3-columns100-weight"."""
+    return "-".join(
+        key if value is True else f"{key}{str(value).removeprefix('torch.')}"
+        for key, value in case.items()
+        if value is not False
+    )
+
+
+def random_tensor(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator,
+    scale: float = 1.0,
+    shift: float = 0.0,
+) -> Tensor:
+    """Normal numbers, the same on every device, requiring grad. Never all ones or zero on average by symmetry."""
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
+    return values.to(device=device, dtype=dtype).requires_grad_()
+
+
+# rows x columns: one, odd and even lengths, several tiles a program, and rows too long for registers.
+_SMALL_SIZES = ((1, 1), (3, 5), (70, 64), (9, 100), (5, 768), (2, 1023), (11, 2048), (4, 20001))
+_LARGE_SIZES = tuple(
+    (rows, columns) for rows in (1, 128, 8192, 65536) for columns in (256, 768, 1024, 2048, 4096, 8192)
+)
+_LARGE = tuple({"rows": rows, "columns": columns} for rows, columns in _LARGE_SIZES)
+_OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def _small(*extra: Case) -> tuple[Case, ...]:
+    sizes = tuple({"rows": rows, "columns": columns} for rows, columns in _SMALL_SIZES)
+    return sizes + tuple({"rows": 6, "columns": 130, **case} for case in extra)
+
+
+def _norm_inputs(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    *,
+    rows: int,
+    columns: int,
+    residual: bool = False,
+    bias: bool = False,
+    weight: bool = True,
+    mixed: bool = False,
+    eps: float = 1e-5,
+) -> tuple[Any, ...]:
+    """(input, [residual,] normalized_shape, weight, [bias,] eps); `mixed` gives the parameters another dtype.
+
+    The input's mean is far from 0 against its spread: a variance without the mean subtracted, or one lost to
+    cancellation, shows.
+    """
+    g = torch.Generator().manual_seed(seed)
+    other = _OTHER[dtype] if mixed else dtype
+    inputs: list[Any] = [random_tensor((rows, columns), dtype, device, g, scale=0.7, shift=1.5)]
+    if residual:
+        inputs.append(random_tensor((rows, columns), other, device, g, scale=2.0, shift=-0.5))
+    inputs.append((columns,))
+    inputs.append(random_tensor((columns,), other, device, g, shift=0.3) if weight else None)
+    if bias:
+        inputs.append(random_tensor((columns,), other, device, g) if weight else None)
+    return (*inputs, eps)
+
+
+def _norm_traffic(residual: bool) -> Callable[[Case, torch.dtype, bool], int]:
+    def traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
+        # Forward: x in, y out; x, r in, h, y out. Backward: x, dy in, dx out; h, dy, dh in, dx out.
+        passes = 4 if residual else (3 if backward else 2)
+        return case["rows"] * case["columns"] * passes * dtype.itemsize
+
+    return traffic
+
+
+def _norm_flops(per_element: int) -> Callable[[Case, bool], int]:
+    def flops(case: Case, backward: bool) -> int:
+        return math.prod((case["rows"], case["columns"], per_element, 2 if backward else 1))
+
+    return flops
+
+
+def _layer_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+    return _norm_inputs(*args, bias=True, **case)
+
+
+def _add_rms_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+    return _norm_inputs(*args, residual=True, **case)
+
+
+def _add_layer_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+    return _norm_inputs(*args, residual=True, bias=True, **case)
+
+
+_NORM_CASES = _small({"weight": False}, {"mixed": True}, {"eps": 0.1})
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        norm.rms_norm,
+        norm.rms_norm_reference,
+        _norm_inputs,
+        _NORM_CASES,
+        _LARGE,
+        _norm_traffic(residual=False),
+        _norm_flops(4),
+    ),
+    Kernel(
+        norm.add_rms_norm,
+        norm.add_rms_norm_reference,
+        _add_rms_norm_inputs,
+        _NORM_CASES,
+        _LARGE,
+        _norm_traffic(residual=True),
+        _norm_flops(5),
+    ),
+    Kernel(
+        norm.layer_norm,
+        norm.layer_norm_reference,
+        _layer_norm_inputs,
+        _NORM_CASES,
+        _LARGE,
+        _norm_traffic(residual=False),
+        _norm_flops(7),
+    ),
+    Kernel(
+        norm.add_layer_norm,
+        norm.add_layer_norm_reference,
+        _add_layer_norm_inputs,
+        _NORM_CASES,
+        _LARGE,
+        _norm_traffic(residual=True),
+        _norm_flops(8),
+    ),
+)

@@ -33,10 +33,9 @@ from .data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
 from .errors import GuardStop, run_command
 from .evaluate import Evaluation, evaluate
 from .flops import flops_per_token, peak_flops
-from .log import MetricsLog, Progress, read_metrics, warn
+from .log import MetricsLog, Progress, draw_loss, warn
 from .model import hash32
 from .optim import set_lr
-from .plot import plot_loss
 from .run import Prepared, prepare, total_steps
 from .samples import append_sample, draw_sample, drop_samples_after
 from .schedule import multiplier
@@ -86,9 +85,9 @@ def train_step(
 class Trainer:
     """The loop over updates, and what happens between them."""
 
-    def __init__(self, run: Prepared):
+    def __init__(self, run: Prepared, progress: Progress):
         self.cfg, self.data, self.state, self.out = run.cfg, run.dataset, run.state, run.out
-        self.model, self.optimizer = run.model, run.optimizer
+        self.model, self.optimizer, self.progress = run.model, run.optimizer, progress
         self.device = next(run.model.parameters()).device
         compiled = torch.compile(run.model) if run.cfg.train.compile else run.model
         self.loss_of: nn.Module = compiled  # type: ignore[assignment]
@@ -103,17 +102,10 @@ class Trainer:
     def train(self) -> int:
         """Run to the end, or to the first signal -> exit code."""
         state, cfg = self.state, self.cfg
-        self.progress = Progress(
-            self.total_steps, state.step, max_seconds=cfg.train.max_seconds, start_seconds=state.seconds
-        )
-        resumed = asdict(state) if state.step else {}
-        self.metrics = MetricsLog(
-            self.out / "metrics.jsonl",
-            resume_step=state.step if state.step else None,
-            saved={key: resumed[key] for key in ("tokens", "seconds") if resumed} or None,
-        )
+        saved = {"tokens": state.tokens, "seconds": state.seconds} if state.step else None
+        self.metrics = MetricsLog(self.out, state.step, saved=saved)
         loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples)
-        with self.metrics, self.progress, loader, self._signals(), self._kernels():
+        with self.metrics, loader, self._signals(), self._kernels():
             self._begin()
             return self._loop(loader)
 
@@ -174,7 +166,7 @@ class Trainer:
             speed, mfu = self.meter.read()
             line = {"loss": float(update.loss), "lr": update.lr, "grad_norm": float(update.grad_norm)}
             self.metrics.write("train", **self._when(), **line, tokens_per_second=speed, mfu=mfu)
-            self.progress.update(update.step, line["loss"], speed, mfu)
+            self.progress.update(update.step, self._expected_steps(), line["loss"], speed, mfu)
 
     def _read_norms(self) -> None:
         """Count the updates that were skipped because their gradient was not finite; stop after too many in a row."""
@@ -242,21 +234,15 @@ class Trainer:
 
     def _end(self) -> int:
         self.metrics.write("end", **self._when())
-        self._draw()
+        draw_loss(self.out)
         return 0
 
     def _interrupted(self) -> int:
         assert self.stop_signal is not None
         name = signal.Signals(self.stop_signal).name
         self.progress.note(f"{name}: saved at step {self.state.step}; the same command with --out {self.out} goes on")
-        self._draw()
+        draw_loss(self.out)
         return 128 + self.stop_signal
-
-    def _draw(self) -> None:
-        try:
-            plot_loss(read_metrics(self.out / "metrics.jsonl"), self.out / "loss.png")
-        except OSError as error:
-            warn(f"loss.png not drawn: {error}")
 
     def _is_last(self) -> bool:
         if self.total_steps is not None:
@@ -352,14 +338,9 @@ class Meter:
 def main(argv: list[str] | None = None) -> int:
     """Parse, prepare, train."""
     cfg = parse_config(sys.argv[1:] if argv is None else argv)
-    run = prepare(cfg, print_line)
-    return 0 if run is None else Trainer(run).train()
-
-
-def print_line(text: str) -> None:
-    """One line on stdout, at once."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    with Progress() as progress:
+        run = prepare(cfg, progress.note)
+        return 0 if run is None else Trainer(run, progress).train()
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ _OLDEST_CAPABILITY = (8, 0)
 # Plain globals on purpose: Dynamo guards on them, so that a compiled function follows `backend`.
 _forced: str | None = None
 _explaining: int | None = None
+_recorder: list[Launch] | None = None
+_architecture: str | None = None
 
 Public = TypeVar("Public", bound=Callable[..., Any])
 
@@ -144,9 +146,7 @@ def choose(*tensors: Tensor | None, obstacle: str | None = None, prefer_torch: s
     return reason is None
 
 
-def _why_torch(
-    tensors: Sequence[Tensor | None], obstacle: str | None, prefer_torch: str | None
-) -> str | None:
+def _why_torch(tensors: Sequence[Tensor | None], obstacle: str | None, prefer_torch: str | None) -> str | None:
     if _forced == "torch":
         return "backend('torch') is in force"
     if not HAS_TRITON:
@@ -185,6 +185,8 @@ def _not_plain(tensor: Tensor) -> str | None:
 
 
 def _device_obstacle(device: torch.device) -> str | None:
+    if _recorder is not None:
+        return None
     if INTERPRETED:
         return None if device.type in ("cpu", "cuda") else f"no Triton interpreter for {device.type} tensors"
     if device.type != "cuda":
@@ -230,11 +232,7 @@ def autocast_to_fp32(tensor: Tensor) -> bool:
 
 def capturing(tensor: Tensor) -> bool:
     """Whether a graph is being captured (compiler, export, fake tensors), which needs the operator."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) is FakeTensor
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or type(tensor) is FakeTensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextlib.contextmanager
@@ -251,7 +249,7 @@ def kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any
     """`triton.jit`; where Triton is missing the function stays as it is and is never called."""
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        return triton.jit(fn, do_not_specialize=list(do_not_specialize)) if HAS_TRITON else fn
+        return triton.jit(do_not_specialize=list(do_not_specialize))(fn) if triton is not None else fn
 
     return decorate
 
@@ -265,10 +263,6 @@ class Launch:
     arguments: tuple[Any, ...]
     constexprs: dict[str, Any]
     num_warps: int
-
-
-_recorder: list[Launch] | None = None
-_architecture: str | None = None
 
 
 def launch(
@@ -342,9 +336,7 @@ class Operator:
     ):
         name, _, signature = schema.partition("(")
         self.launch = forward
-        self.op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({signature}"
-        )
+        self.op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({signature}")
         self.op.register_fake(fake)
         self._function: Any = None
         if backward is not None and setup_context is not None:

@@ -1,0 +1,288 @@
+"""Compile kernels ahead of time and report what they use; needs no GPU.
+
+    python -m fastlm_kernels.aot                 one size of each kernel for sm_89 and sm_90
+    python -m fastlm_kernels.aot --arch sm_80    ... for other architectures (may be repeated)
+    python -m fastlm_kernels.aot --all           every shipped configuration for every supported architecture;
+                                                 rewrites aot_report.csv beside this file
+
+What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
+backward, their launches are recorded and specialised by Triton's own launcher code, once with pointers on 16-byte
+boundaries and once without (alignment decides how wide the loads are). Exit code 1 if a kernel spills registers
+or needs more shared memory than its architecture has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _runtime, configs
+from .check import results, upstream_gradients
+from .registry import KERNELS, Case
+
+REPORT = Path(__file__).with_name("aot_report.csv")
+QUICK_ARCHITECTURES = ("sm_89", "sm_90")
+_KB = 1024
+# Shared memory one program may use.
+SHARED_LIMIT = {
+    "sm_80": 163 * _KB,
+    "sm_86": 99 * _KB,
+    "sm_89": 99 * _KB,
+    "sm_90": 227 * _KB,
+    "sm_100": 227 * _KB,
+    "sm_120": 99 * _KB,
+    "gfx942": 64 * _KB,
+}
+_ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One binary: which, and what it uses. `loads` counts global loads by width in bits, "128x3 32x1"."""
+
+    kernel: str
+    architecture: str
+    types: str
+    aligned: bool
+    constexprs: str
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    loads: str
+    tensor_core: int
+
+    @property
+    def ok(self) -> bool:
+        """No spills, and shared memory within the architecture's limit."""
+        return self.spill_bytes == 0 and self.shared_bytes <= self.shared_limit
+
+
+@dataclass(frozen=True)
+class Job:
+    """One registry kernel on one case, dtype, architecture and alignment."""
+
+    kernel: int
+    case: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+    architecture: str
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """Stands for a device tensor where the launcher asks for its type and address."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str) -> list[_runtime.Launch]:
+    """The launches of one registry kernel's forward and backward on `architecture`, made on no device."""
+    kernel = KERNELS[kernel_index]
+    arguments = kernel.inputs(dtype, "meta", 0, **case)
+    upstream = upstream_gradients(kernel.reference, arguments, 1)
+    with _runtime.recording(architecture) as launches:
+        results(kernel.fused, arguments, upstream)
+    return launches
+
+
+def _target(architecture: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def compile_launch(launch: _runtime.Launch, architecture: str, aligned: bool) -> tuple[Any, Any]:
+    """(compiled kernel, source) of the binary that Triton's launcher would build for this launch."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = _target(architecture)
+    backend = make_backend(target)
+    fn, address = launch.kernel, _ALIGNED if aligned else _UNALIGNED
+    arguments = [_Pointer(a.dtype, address) if isinstance(a, Tensor) else a for a in launch.arguments]
+    binder = create_function_from_signature(fn.signature, fn.params, backend)
+    settings = {"num_warps": launch.num_warps, "debug": False}
+    bound, specialization, rest = binder(*arguments, **launch.constexprs, **settings)
+    options, signature, constexprs, attributes = fn._pack_args(backend, rest, bound, specialization, rest)
+    source = ASTSource(fn, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options.__dict__), source
+
+
+def describe(launch: _runtime.Launch, architecture: str, aligned: bool) -> Row:
+    """Compile one launch and read off what the binary uses."""
+    compiled, source = compile_launch(launch, architecture, aligned)
+    amd = architecture.startswith("gfx")
+    registers, spills, shared = _amd_usage(compiled) if amd else _nvidia_usage(compiled)
+    code = compiled.asm["amdgcn" if amd else "ptx"]
+    tensor_core = r"\bv_mfma" if amd else r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+    switches = " ".join(f"{k}={v}" for k, v in launch.constexprs.items())
+    types = " ".join(dict.fromkeys(t for t in source.signature.values() if t.startswith("*")))
+    return Row(
+        launch.kernel.__name__,
+        architecture,
+        types,
+        aligned,
+        switches,
+        launch.num_warps,
+        registers,
+        spills,
+        shared,
+        SHARED_LIMIT[architecture],
+        _load_widths(code, amd),
+        len(re.findall(tensor_core, code)),
+    )
+
+
+def _nvidia_usage(compiled: Any) -> tuple[int, int, int]:
+    """(registers, bytes of stack, bytes of shared memory) from the binary itself."""
+    from triton.backends import nvidia
+
+    tool = Path(inspect.getfile(nvidia)).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    # Triton asks for shared memory at launch, so the binary's own figure does not hold it.
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], max(usage["SHARED"], compiled.metadata.shared)
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int, int]:
+    """(vector registers, bytes of scratch, bytes of shared memory) from the code object's metadata."""
+
+    def value(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"]).group(1))  # type: ignore[union-attr]
+
+    spills = value("private_segment_fixed_size")
+    return value("vgpr_count"), spills, max(value("group_segment_fixed_size"), compiled.metadata.shared)
+
+
+def _load_widths(code: str, amd: bool) -> str:
+    """Global loads by width in bits, widest first: "128x3 32x1"."""
+    widths: Counter[int] = Counter()
+    if amd:
+        bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+        for size in re.findall(r"\b(?:global|buffer)_load_(?:d16_hi_|d16_)?(\w+?)(?:_d16\w*)?\s", code):
+            widths[bits.get(size.removesuffix("_d16"), 16)] += 1
+    else:
+        for vector, size in re.findall(r"\bld\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)\b", code):
+            widths[int(vector or 1) * int(size)] += 1
+    return " ".join(f"{width}x{count}" for width, count in sorted(widths.items(), reverse=True))
+
+
+def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
+    """What to compile: one size of each kernel, or one for each shipped configuration."""
+    # One row length for each tile of the tables, and one past the last, which is walked in blocks.
+    lengths = [config.block_n for config in configs.NORM_FORWARD["generic"]] if every else [1024]
+    lengths += [2 * lengths[-1]] if every else []
+    variants = [(torch.bfloat16, True), (torch.bfloat16, False)] + [(torch.float32, True)] * every
+    for index in range(len(KERNELS)):
+        for architecture in architectures:
+            for columns in lengths:
+                case = (("rows", 4096), ("columns", columns))
+                for dtype, aligned in variants:
+                    yield Job(index, case, dtype, architecture, aligned)
+
+
+def run(job: Job) -> list[Row]:
+    """The report's rows for one job."""
+    launches = record(job.kernel, dict(job.case), job.dtype, job.architecture)
+    return [describe(launch, job.architecture, job.aligned) for launch in launches]
+
+
+def source_hash() -> str:
+    """SHA-256 of what decides the binaries: the kernel modules and the tables, without comments and docstrings."""
+    modules = sorted({kernel.fused.__module__ for kernel in KERNELS} | {configs.__name__, __name__})
+    digest = hashlib.sha256()
+    for name in modules:
+        tree = ast.parse(inspect.getsource(importlib.import_module(name) if name != "__main__" else _this()))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+def _this() -> Any:
+    return importlib.import_module(f"{__package__}.aot")
+
+
+def write_report(rows: Iterable[Row], path: Path) -> None:
+    """The report as CSV; its first line names the sources and the compiler that it describes."""
+    import triton
+
+    with path.open("w", newline="") as file:
+        file.write(f"# sources {source_hash()} triton {triton.__version__}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_report(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """(hash of the sources, rows) of a report."""
+    with path.open(newline="") as file:
+        words = file.readline().split()
+        return words[2], list(csv.DictReader(file))
+
+
+def collect(work: list[Job], workers: int) -> list[Row]:
+    """Rows of all jobs in order, each binary once."""
+    if workers == 1:
+        found = [run(job) for job in work]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            found = list(pool.map(run, work))
+    return list(dict.fromkeys(row for rows in found for row in rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print one line a binary; 1 if one spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m fastlm_kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--all", action="store_true", help="every configuration, every architecture")
+    parser.add_argument("--arch", action="append", choices=configs.ARCHITECTURES)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    options = parser.parse_args(argv)
+    if not _runtime.HAS_TRITON or _runtime.INTERPRETED:
+        parser.exit(1, "Triton is missing or interprets: install it and unset TRITON_INTERPRET\n")
+    architectures = options.arch or (configs.ARCHITECTURES if options.all else QUICK_ARCHITECTURES)
+    rows = collect(list(jobs(options.all, architectures)), options.workers)
+    for row in rows:
+        values = (f"{k}={v}" for k, v in asdict(row).items() if k != "constexprs")
+        sys.stdout.write(f"{'ok  ' if row.ok else 'FAIL'} {' '.join(values)} [{row.constexprs}]\n")
+    failures = sum(not row.ok for row in rows)
+    sys.stdout.write(f"{len(rows)} binaries, {failures} of which spill or do not fit\n")
+    if options.all and not options.arch:
+        write_report(rows, REPORT)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -33,35 +34,38 @@ class Leaf:
     key: str  # dotted, as in optim.lr
     hint: Any
     default: object  # dataclasses.MISSING where the user must give it
-    comment: str
 
 
+@functools.cache
 def leaves(cls: type) -> dict[str, Leaf]:
     """Every setting of dataclass `cls`, nested sections included, by dotted key in order of definition."""
-    hints, comments = typing.get_type_hints(cls), _comments(cls)
+    hints = typing.get_type_hints(cls)
     found: dict[str, Leaf] = {}
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
-            for leaf in leaves(hint).values():
-                key = f"{field.name}.{leaf.key}"
-                found[key] = dataclasses.replace(leaf, key=key)
+            inner = leaves(hint).values()
+            found |= {
+                f"{field.name}.{leaf.key}": Leaf(f"{field.name}.{leaf.key}", leaf.hint, leaf.default) for leaf in inner
+            }
             continue
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        found[field.name] = Leaf(field.name, hint, default, comments.get(field.name, ""))
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        found[field.name] = Leaf(field.name, hint, default)
     return found
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass; empty where the source is not at hand."""
+def comments(cls: type) -> dict[str, str]:
+    """The comment behind each setting, by dotted key; empty where the source is not at hand."""
     try:
-        source = inspect.getsource(cls)
+        found = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     except OSError:
         return {}
-    return dict(re.findall(r"^ +(\w+): .*?  # (.*)$", source, re.MULTILINE))
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= {f"{name}.{key}": comment for key, comment in comments(hint).items()}
+    return found
 
 
 def parse_arguments(cls: type[T], argv: Sequence[str], *, command: str, positional: str | None = None) -> T:
@@ -92,7 +96,7 @@ def read_flags(
     `options` are names beside `fields` that take a value, `switches` names that take none (they map to "").
     Raises InputError for an unknown flag, a flag without a value and a word that belongs to no flag.
     """
-    switches, known = set(switches), {*fields, *options}
+    switches, known = list(switches), [*fields, *options]
     found: dict[str, str] = {}
     last = ""  # the flag before the word at hand, for the error about a stray word
     words = list(argv)
@@ -101,15 +105,17 @@ def read_flags(
         name, equals, text = word.removeprefix("--").partition("=")
         if word == "-h":
             found["help"] = ""
+        elif re.match(r"-[A-Za-z]", word):
+            raise InputError(word, "no value", "no such option; options start with --, see --help")
         elif not word.startswith("--"):
             if positional is None or positional in found:
-                raise _stray_word(word, last, found, fields)
+                raise _stray_word(word, last, fields)
             found[positional] = word
         elif name in switches and not equals:
             found[name] = ""
         elif name not in known or name == positional:
             value = text if equals else (words[0] if words and not words[0].startswith("--") else None)
-            raise unknown_key(name, value, {*known, *switches}, fields, flag=True)
+            raise unknown_key(name, value, [*known, *switches], fields, flag=True)
         elif equals:
             found[name], last = text, name
         elif not words or words[0].startswith("--"):
@@ -119,12 +125,12 @@ def read_flags(
     return found
 
 
-def _stray_word(word: str, last: str, found: Mapping[str, str], fields: Mapping[str, Leaf]) -> InputError:
-    if last:
-        remedy = "give one value: text with spaces in quotes, a list as [a,b]"
-        return InputError(f"--{last}", f"{found[last]} {word}", remedy)
+def _stray_word(word: str, last: str, fields: Mapping[str, Leaf]) -> InputError:
     flag = next((f"--{key}" for key in fields if key.split(".")[-1] == "path"), "--KEY")
-    return InputError("argument", word, f"options are written --KEY VALUE; did you mean {flag} {word}?")
+    if not last:
+        return InputError("argument", word, f"options are written --KEY VALUE; did you mean {flag} {word}?")
+    remedy = f"--{last} takes one value: put text with spaces in quotes, write a list as [a,b]"
+    return InputError("argument", word, f"{remedy}; or did you mean {flag} {word}?")
 
 
 def unknown_key(
@@ -150,20 +156,20 @@ def nearest_key(name: str, known: Iterable[str], fields: Mapping[str, Leaf]) -> 
     """The valid key that was probably meant: a section's first, one of the same last word, or alike."""
     if name in _sections(fields):
         return next(key for key in fields if key.startswith(f"{name}."))
-    known = list(known)
-    name = name.replace("-", "_")
-    for key in known:
-        if key == name or key.split(".")[-1] == name:
-            return key
+    known, name = list(known), name.replace("-", "_")
+    last = name.split(".")[-1]
+    same = [key for key in known if key == name or key.split(".")[-1] == last]
+    if same:
+        return same[0]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:
         by_last = {key.split(".")[-1]: key for key in reversed(known)}
-        near = [by_last[word] for word in difflib.get_close_matches(name.split(".")[-1], by_last, n=1, cutoff=0.7)]
+        near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
     return near[0] if near else None
 
 
-def _sections(fields: Mapping[str, Leaf]) -> set[str]:
-    return {key.rpartition(".")[0] for key in fields if "." in key}
+def _sections(fields: Mapping[str, Leaf]) -> list[str]:
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in fields if "." in key))
 
 
 def complaint(key: str, value: object, remedy: str, file: str | None = None) -> InputError:
@@ -331,7 +337,7 @@ def _flatten_yaml(tree: dict[Any, Any], prefix: str, fields: Mapping[str, Leaf],
         elif key in _sections(fields) and (value is None or isinstance(value, dict)):
             _flatten_yaml(value or {}, f"{key}.", fields, into, file)
         else:
-            raise unknown_key(key, value, fields, fields, flag=False, file=file)
+            raise unknown_key(key, value, [*_sections(fields), *fields], fields, flag=False, file=file)
 
 
 def help_text(
@@ -344,7 +350,7 @@ def help_text(
     ]
     lines += [inspect.cleandoc(cls.__doc__ or "").partition("\n")[0], ""]
     lines += extra.splitlines()
-    section = ""
+    section, meanings = "", comments(cls)
     for key, leaf in leaves(cls).items():
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
@@ -352,7 +358,7 @@ def help_text(
         default = (defaults or {}).get(key, leaf.default)
         name = key.upper() if key == positional else f"--{key}"
         shown = "required" if default is dataclasses.MISSING else _yaml_value(default)
-        meaning = "; ".join(part for part in (" | ".join(choices(leaf.hint)), leaf.comment) if part)
+        meaning = "; ".join(part for part in (" | ".join(choices(leaf.hint)), meanings.get(key)) if part)
         lines.append(f"  {name:<24} {shown:<14} {meaning}".rstrip())
     return "\n".join(lines) + "\n"
 

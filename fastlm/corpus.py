@@ -226,7 +226,7 @@ def build_shards(corpus: TextCorpus, folder: Path, notify: Notify) -> dict[str, 
         for name, part in zip(("train", "val"), parts, strict=True)
     }
     for source, stamp in zip(sources(corpus), before, strict=True):
-        if stamps(source.files) != stamp:
+        if any(not path.exists() for path in source.files) or stamps(source.files) != stamp:
             raise changed_while_read(source)
     return names
 

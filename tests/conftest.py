@@ -1,0 +1,55 @@
+"""Where kernels can run, and tests that need to know.
+
+`needs_kernels`   runs the Triton kernels themselves: on a GPU, or in the interpreter under TRITON_INTERPRET=1.
+                  On a CPU without it they are deselected here, and test_interpreter.py runs them in a subprocess.
+`needs_compiler`  compiles kernels: deselected where Triton is missing or interprets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastlm_kernels import _runtime
+
+CAN_RUN_KERNELS = _runtime.INTERPRETED or (_runtime.HAS_TRITON and torch.cuda.is_available())
+CAN_COMPILE = _runtime.HAS_TRITON and not _runtime.INTERPRETED
+CAN_INTERPRET = CAN_COMPILE  # in a subprocess
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers."""
+    config.addinivalue_line("markers", "needs_kernels: runs Triton kernels (GPU, or TRITON_INTERPRET=1)")
+    config.addinivalue_line("markers", "needs_compiler: compiles Triton kernels")
+    config.addinivalue_line("markers", "needs_interpreter: starts Triton's interpreter in a subprocess")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what cannot run here."""
+    can = {
+        "needs_kernels": CAN_RUN_KERNELS,
+        "needs_compiler": CAN_COMPILE,
+        "needs_interpreter": CAN_INTERPRET,
+    }
+    missing = [name for name, possible in can.items() if not possible]
+    dropped = [item for item in items if any(item.get_closest_marker(name) for name in missing)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """The device that kernels run on: the GPU, or the CPU for the interpreter."""
+    return "cpu" if _runtime.INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN (a value no kernel may leave in a result)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

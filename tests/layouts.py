@@ -1,0 +1,73 @@
+"""Tensors of the same values in awkward places: in a moat of NaN, off alignment, strided, expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOAT = 64
+
+
+def moat(tensor: Tensor) -> Tensor:
+    """The tensor in the middle of a larger buffer of NaN: a read outside it shows in the result."""
+    buffer = torch.full((tensor.numel() + 2 * _MOAT,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return _fill(buffer[_MOAT : _MOAT + tensor.numel()].view(tensor.shape), tensor)
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """The same, one element off: no 16-byte alignment."""
+    buffer = torch.full((tensor.numel() + 2 * _MOAT,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return _fill(buffer[_MOAT + 1 : _MOAT + 1 + tensor.numel()].view(tensor.shape), tensor)
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """Rows inside wider rows of NaN."""
+    buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 7), torch.nan, dtype=tensor.dtype)
+    return _fill(buffer.to(tensor.device)[..., 3 : 3 + tensor.shape[-1]], tensor)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """First and last axis exchanged in memory; adjacent elements lie far apart."""
+    if tensor.dim() < 2:
+        return strided(tensor)
+    return _fill(torch.full_like(tensor.transpose(0, -1), torch.nan).contiguous().transpose(0, -1), tensor)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Every other element of rows twice as long, NaN between."""
+    shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
+    return _fill(torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)[..., ::2], tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    """The first row for every row: stride 0. Not the values of `tensor`, unless it has one row."""
+    if tensor.dim() < 2:
+        return tensor.detach().clone()
+    return moat(tensor[:1]).expand(tensor.shape)
+
+
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (moat, offset, padded, transposed, strided, expanded)
+
+
+def _fill(view: Tensor, values: Tensor) -> Tensor:
+    view.copy_(values.detach())
+    return view
+
+
+def lay_out(arguments: tuple[Any, ...], layout: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """Every tensor argument in that layout, leaves of autograd as before."""
+    return tuple(
+        layout(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments
+    )
+
+
+def snapshot(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Copies of the memory behind the tensor arguments, moats included."""
+    return [
+        torch.empty(0, dtype=a.dtype, device=a.device).set_(a.untyped_storage()).clone()
+        for a in arguments
+        if isinstance(a, Tensor)
+    ]

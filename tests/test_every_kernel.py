@@ -1,0 +1,491 @@
+"""What is true of every kernel in the registry (the guarantees of the package), on the kernels themselves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastlm_kernels import _runtime, configs
+from fastlm_kernels.check import DTYPES, check_kernel, compare, results, upstream_gradients
+from fastlm_kernels.registry import KERNELS, Case, Kernel, case_name
+from layouts import LAYOUTS, expanded, lay_out, moat, offset, padded, snapshot, transposed
+from torch import Tensor
+
+pytestmark = [pytest.mark.needs_kernels, pytest.mark.usefixtures("poisoned")]
+
+SHAPE = {"rows": 5, "columns": 12}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+CASES = [
+    pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case_name(case)}-{str(dtype).removeprefix('torch.')}")
+    for kernel in KERNELS
+    for case in kernel.small
+    for dtype in DTYPES
+]
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 columns: short rows take the path of rows too long for registers."""
+    table = {"generic": (configs.RowConfig(2, 4, 4),)}
+    monkeypatch.setattr(configs, "NORM_FORWARD", table)
+    monkeypatch.setattr(configs, "NORM_BACKWARD", table)
+    monkeypatch.setattr(configs, "NORM_WEIGHT_GRADIENT", configs.RowConfig(2, 4, 4))
+
+
+def make(
+    kernel: Kernel, device: str, dtype: torch.dtype = torch.float32, case: Case = SHAPE
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """(arguments, upstream gradients); the call takes the Triton path, or the test says so."""
+    arguments = kernel.inputs(dtype, device, 3, **case)
+    explanation = _runtime.explain(kernel.fused, *arguments)
+    assert explanation.path == "triton", explanation.reason
+    return arguments, upstream_gradients(kernel.reference, arguments, 4)
+
+
+def assert_accurate(kernel: Kernel, arguments: tuple[Any, ...], upstream: tuple[Tensor, ...]) -> None:
+    """The accuracy rule, with every figure in the message."""
+    errors = compare(kernel.fused, kernel.reference, arguments, upstream)
+    assert all(error.ok for error in errors), "\n".join(map(str, errors))
+
+
+def bits(found: dict[str, Tensor]) -> dict[str, bytes]:
+    """Results as bytes: equal only if every bit is."""
+    return {
+        name: t.contiguous().view(torch.uint8).cpu().numpy().tobytes() if t.numel() else b""
+        for name, t in found.items()
+    }
+
+
+@pytest.mark.parametrize(("kernel", "case", "dtype"), CASES)
+def test_as_accurate_as_pytorch(kernel: Kernel, case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+    """Output and gradients of every case in every dtype."""
+    make(kernel, kernel_device, dtype, case)
+    errors = check_kernel(kernel, case, dtype, kernel_device)
+    assert all(error.ok for error in errors), "\n".join(map(str, errors))
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.usefixtures("tiny_tiles")
+def test_long_rows_walked_in_blocks(kernel: Kernel, dtype: torch.dtype, kernel_device: str) -> None:
+    """Many blocks a row, the last one partial."""
+    for columns in (3, 4, 5, 23):
+        assert_accurate(kernel, *make(kernel, kernel_device, dtype, {"rows": 9, "columns": columns}))
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("long_rows", [False, True])
+def test_any_strides_and_offsets(
+    kernel: Kernel,
+    layout: Callable[[Tensor], Tensor],
+    long_rows: bool,
+    kernel_device: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Inputs and upstream gradients in every layout, each surrounded by NaN; none of that memory is written."""
+    if long_rows:
+        request.getfixturevalue("tiny_tiles")
+    arguments, upstream = make(kernel, kernel_device)
+    arguments, upstream = lay_out(arguments, layout), lay_out(upstream, layout)
+    before = snapshot((*arguments, *upstream))
+    assert_accurate(kernel, arguments, upstream)
+    for old, new in zip(before, snapshot((*arguments, *upstream)), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@every_kernel
+def test_leading_axes_and_several_normalised_axes_keep_their_shape(kernel: Kernel, kernel_device: str) -> None:
+    """More axes than rows and columns, where the function takes them."""
+    arguments, upstream = make(kernel, kernel_device, case={"rows": 12, "columns": 8})
+    flat = results(kernel.fused, arguments, upstream)
+    shaped = tuple(
+        a.detach().reshape(3, 2, 2, 8).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        if isinstance(a, Tensor) and a.dim() == 2
+        else a
+        for a in arguments
+    )
+    folded = results(kernel.fused, shaped, tuple(u.reshape(3, 2, 2, 8) for u in upstream))
+    for name, tensor in folded.items():
+        assert tensor.shape == ((3, 2, 2, 8) if flat[name].dim() == 2 else flat[name].shape)
+        torch.testing.assert_close(tensor.reshape(flat[name].shape), flat[name])
+
+
+@every_kernel
+@pytest.mark.parametrize("layout", [expanded, transposed, padded, offset, moat], ids=lambda f: f.__name__)
+def test_upstream_gradient_of_any_stride(
+    kernel: Kernel, layout: Callable[[Tensor], Tensor], kernel_device: str
+) -> None:
+    """Only the upstream gradient is laid out; the inputs are plain."""
+    arguments, upstream = make(kernel, kernel_device, torch.float16)
+    assert_accurate(kernel, arguments, lay_out(upstream, layout))
+
+
+@every_kernel
+def test_upstream_scalar_expanded_to_every_element(kernel: Kernel, kernel_device: str) -> None:
+    """What (2.5 * y.sum()).backward() sends: one number, every stride 0."""
+    arguments, upstream = make(kernel, kernel_device)
+    scalar = torch.tensor(2.5, device=kernel_device)
+    assert_accurate(kernel, arguments, tuple(scalar.expand(u.shape) for u in upstream))
+
+
+@every_kernel
+def test_one_output_used_alone(kernel: Kernel, kernel_device: str) -> None:
+    """The gradient of each output by itself, the others unused."""
+    arguments, _ = make(kernel, kernel_device)
+    outputs = kernel.reference(*arguments)
+    for index in range(len(outputs) if isinstance(outputs, tuple) else 0):
+        pick = [lambda *args, fn=fn, i=index: fn(*args)[i] for fn in (kernel.fused, kernel.reference)]
+        leaves = [a for a in arguments if isinstance(a, Tensor)]
+        ours, theirs = (
+            torch.autograd.grad(fn(*arguments).square().sum(), leaves, allow_unused=True) for fn in pick
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b)
+
+
+@every_kernel
+@pytest.mark.parametrize("long_rows", [False, True])
+def test_each_gradient_alone_is_the_same(
+    kernel: Kernel, long_rows: bool, kernel_device: str, request: pytest.FixtureRequest
+) -> None:
+    """Freezing the other arguments changes no bit of a gradient, and frozen ones get none."""
+    if long_rows:
+        request.getfixturevalue("tiny_tiles")
+    arguments, upstream = make(kernel, kernel_device)
+    full = results(kernel.fused, arguments, upstream)
+    for index, kept in enumerate(arguments):
+        if isinstance(kept, Tensor):
+            frozen = tuple(
+                a.detach().requires_grad_(i == index) if isinstance(a, Tensor) else a
+                for i, a in enumerate(arguments)
+            )
+            alone = bits(results(kernel.fused, frozen, upstream))
+            assert {name: bits(full)[name] for name in alone} == alone
+
+
+@every_kernel
+def test_no_gradient_needed_gives_the_same_output(kernel: Kernel, kernel_device: str) -> None:
+    """Under no_grad and inference_mode, bit for bit."""
+    arguments, _ = make(kernel, kernel_device)
+    expected = bits(results(kernel.fused, arguments))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert bits(results(kernel.fused, arguments)) == expected
+
+
+@every_kernel
+@every_dtype
+def test_bitwise_repeatable_and_two_backwards_agree(
+    kernel: Kernel, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """Two runs, and two backwards of one graph, give the same bits."""
+    arguments, upstream = make(kernel, kernel_device, dtype, {"rows": 200, "columns": 64})
+    first = bits(results(kernel.fused, arguments, upstream))
+    assert bits(results(kernel.fused, arguments, upstream)) == first
+    outputs = kernel.fused(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [a for a in arguments if isinstance(a, Tensor)]
+    once = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+    twice = torch.autograd.grad(outputs, leaves, upstream)
+    for a, b in zip(once, twice, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_kernel
+@pytest.mark.parametrize("shape", [(0, 12), (3, 0, 12)], ids=str)
+def test_no_rows(kernel: Kernel, shape: tuple[int, ...], kernel_device: str) -> None:
+    """Empty batches: empty outputs and input gradients, zero weight gradients."""
+    arguments, _ = make(kernel, kernel_device)
+    arguments = tuple(
+        a.detach()[:0].reshape(shape).requires_grad_() if isinstance(a, Tensor) and a.dim() == 2 else a
+        for a in arguments
+    )
+    upstream = upstream_gradients(kernel.reference, arguments, 0)
+    ours = results(kernel.fused, arguments, upstream)
+    for name, tensor in results(kernel.reference, arguments, upstream).items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+
+
+@every_kernel
+def test_rows_of_no_elements(kernel: Kernel, kernel_device: str) -> None:
+    """normalized_shape (0,) and the like answer as PyTorch does."""
+    arguments = kernel.inputs(torch.float32, kernel_device, 0, rows=3, columns=0)
+    for name, tensor in results(kernel.reference, arguments).items():
+        torch.testing.assert_close(results(kernel.fused, arguments)[name], tensor)
+
+
+@every_kernel
+@pytest.mark.parametrize("long_rows", [False, True])
+def test_gradients_by_finite_differences(
+    kernel: Kernel,
+    long_rows: bool,
+    kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The kernels themselves, summing in fp64, against numerical derivatives."""
+    module = sys.modules[kernel.fused.__module__]
+    monkeypatch.setattr(module, "_KERNEL_DTYPES", (torch.float64,))
+    if long_rows:
+        request.getfixturevalue("tiny_tiles")
+    arguments, _ = make(kernel, kernel_device, torch.float64, {"rows": 3, "columns": 6, "eps": 1e-2})
+    assert torch.autograd.gradcheck(kernel.fused, arguments)
+
+
+@every_kernel
+def test_registered_operators_pass_opcheck(
+    kernel: Kernel, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operator that the function calls, forward and backward, on the inputs that it gets."""
+    called: list[tuple[_runtime.Operator, tuple[Any, ...]]] = []
+    run = _runtime.Operator.__call__
+
+    def record(self: _runtime.Operator, *inputs: Any) -> Any:
+        called.append((self, inputs))
+        return run(self, *inputs)
+
+    monkeypatch.setattr(_runtime.Operator, "__call__", record)
+    arguments, upstream = make(kernel, kernel_device)
+    results(kernel.fused, arguments, upstream)
+    monkeypatch.undo()
+    torch.use_deterministic_algorithms(False)  # opcheck compares unneeded outputs too
+    assert len(called) == 2
+    for operator, inputs in called:
+        own = [a.detach().clone() if isinstance(a, Tensor) else a for a in inputs]
+        if operator is called[0][0]:
+            own = [
+                b.requires_grad_(a.requires_grad) if isinstance(a, Tensor) else b
+                for a, b in zip(inputs, own, strict=True)
+            ]
+        checks = torch.library.opcheck(operator.op, tuple(own))
+        assert set(checks.values()) == {"SUCCESS"}
+
+
+@every_kernel
+def test_compiles_whole_and_once_for_all_sizes(kernel: Kernel, kernel_device: str) -> None:
+    """fullgraph, one static and one dynamic graph, the kernels' operator inside, eager's bits."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(lambda *args: kernel.fused(*args), fullgraph=True, backend=backend)
+    for rows in (7, 9, 13, 70):
+        arguments, upstream = make(kernel, kernel_device, case={"rows": rows, "columns": 24})
+        outputs = compiled(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [a for a in arguments if isinstance(a, Tensor)]
+        grads = torch.autograd.grad(outputs, leaves, upstream)
+        expected = results(kernel.fused, arguments, upstream)
+        for tensor, wanted in zip((*outputs, *grads), expected.values(), strict=True):
+            assert torch.equal(tensor, wanted)
+    assert len(graphs) <= 2
+    assert all(_runtime.NAMESPACE in graph.code for graph in graphs)
+
+
+@every_kernel
+def test_gradient_penalty_is_right_or_raises(kernel: Kernel, kernel_device: str) -> None:
+    """create_graph=True through a kernel must never give a wrong second derivative."""
+    arguments, _ = make(kernel, kernel_device)
+    leaf = arguments[0]
+
+    def penalty(fn: Callable[..., Any]) -> Tensor:
+        outputs = fn(*arguments)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        (grad,) = torch.autograd.grad(first.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum() + first.sum(), leaf)[0]
+
+    with pytest.raises(RuntimeError, match="once_differentiable|no autograd formula"):
+        penalty(kernel.fused)
+    with _runtime.backend("torch"):
+        torch.testing.assert_close(penalty(kernel.fused), penalty(kernel.reference))
+
+
+@every_kernel
+def test_compiled_gradient_penalty_raises(kernel: Kernel, kernel_device: str) -> None:
+    """The operator's backward says that it cannot be differentiated again."""
+    arguments, _ = make(kernel, kernel_device)
+    torch._dynamo.reset()
+    outputs = torch.compile(lambda *a: kernel.fused(*a), fullgraph=True, backend="eager")(*arguments)
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    (grad,) = torch.autograd.grad(first.square().sum(), arguments[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd formula"):
+        torch.autograd.grad(grad.square().sum(), arguments[0])
+
+
+def _first(fn: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+    def of_first(tensor: Tensor) -> Tensor:
+        outputs = fn(tensor, *arguments[1:])
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    return of_first
+
+
+@every_kernel
+def test_function_transforms_take_pytorchs_path(kernel: Kernel, kernel_device: str) -> None:
+    """func.grad, vmap(grad), jvp and jacrev equal the reference's."""
+    arguments, _ = make(kernel, kernel_device)
+    arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    x = arguments[0]
+    ours, theirs = _first(kernel.fused, arguments), _first(kernel.reference, arguments)
+    row = (x[0], *(a[0] if isinstance(a, Tensor) and a.dim() == 2 else a for a in arguments[1:]))
+    for transform in (
+        lambda fn, _: torch.func.grad(lambda t: fn(t).square().sum())(x),
+        lambda fn, _: torch.func.jvp(fn, (x,), (torch.ones_like(x),))[1],
+        lambda fn, _: torch.func.jacrev(fn)(x),
+        lambda _, fn: torch.func.vmap(torch.func.grad(lambda t: _first(fn, row)(t).square().sum()))(x),
+    ):
+        torch.testing.assert_close(transform(ours, kernel.fused), transform(theirs, kernel.reference))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangents = [torch.autograd.forward_ad.unpack_dual(fn(dual)).tangent for fn in (ours, theirs)]
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+class Tagged(Tensor):
+    """A subclass that says which functions of PyTorch saw it."""
+
+    seen: tuple[str, ...] = ()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the function, then run it as usual."""
+        cls.seen = (*cls.seen, getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@every_kernel
+def test_subclasses_and_foreign_modes_take_pytorchs_path(kernel: Kernel, kernel_device: str) -> None:
+    """A tensor subclass and a dispatch mode both see the op that a raw launch would hide from them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    arguments, _ = make(kernel, kernel_device)
+    Tagged.seen = ()
+    tagged = arguments[0].detach().as_subclass(Tagged)
+    assert _runtime.explain(kernel.fused, tagged, *arguments[1:]).path == "torch"
+    outputs = kernel.fused(tagged, *arguments[1:])
+    assert any("norm" in name for name in Tagged.seen)
+    assert isinstance(outputs[0] if isinstance(outputs, tuple) else outputs, Tagged)
+    with FlopCounterMode(display=False):
+        assert _runtime.explain(kernel.fused, *arguments).path == "torch"
+
+
+@every_kernel
+def test_dtensor_equals_the_reference(kernel: Kernel, kernel_device: str) -> None:
+    """A distributed tensor takes PyTorch's op, which knows how to shard it."""
+    from torch.distributed.tensor import DTensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        arguments, _ = make(kernel, kernel_device)
+        mesh = torch.distributed.device_mesh.init_device_mesh(kernel_device, (1,))
+        spread = tuple(
+            torch.distributed.tensor.distribute_tensor(a.detach(), mesh) if isinstance(a, Tensor) else a
+            for a in arguments
+        )
+        outputs = kernel.fused(*spread)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        assert isinstance(first, DTensor)
+        torch.testing.assert_close(first.to_local(), results(kernel.reference, arguments)["output 0"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@every_kernel
+def test_negated_views_and_other_dtypes_take_pytorchs_path(kernel: Kernel, kernel_device: str) -> None:
+    """A lazily negated view holds other bits than its values; fp64 has no kernel."""
+    arguments, _ = make(kernel, kernel_device)
+    negated = torch.complex(arguments[0].detach(), arguments[0].detach()).conj().imag
+    assert negated.is_neg()
+    for tensor in (negated, arguments[0].detach().double()):
+        call = (tensor, *(a.to(tensor.dtype) if isinstance(a, Tensor) else a for a in arguments[1:]))
+        assert _runtime.explain(kernel.fused, *call).path == "torch"
+        ours, theirs = results(kernel.fused, call), results(kernel.reference, call)
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_kernel
+def test_negated_upstream_gradient(kernel: Kernel, kernel_device: str) -> None:
+    """An upstream gradient may be a lazily negated view."""
+    arguments, upstream = make(kernel, kernel_device)
+    negated = tuple(torch.complex(u, u).conj().imag for u in upstream)
+    ours = results(kernel.fused, arguments, negated)
+    assert bits(ours) == bits(results(kernel.fused, arguments, tuple(-u for u in upstream)))
+
+
+@every_kernel
+def test_rows_past_two_to_the_31_elements(kernel: Kernel, kernel_device: str) -> None:
+    """Offsets are int64: the last of 70 rows lies 2.3e9 elements behind the first (memory touched: 70 rows)."""
+    torch.use_deterministic_algorithms(False)  # would fill, and so touch, all of it
+    arguments, upstream = make(kernel, kernel_device, torch.float16, {"rows": 70, "columns": 64})
+    stride = 2**25
+
+    def spread(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 2:
+            return tensor
+        memory = torch.empty(69 * stride + 64, dtype=tensor.dtype, device=tensor.device)
+        return memory.as_strided((70, 64), (stride, 1)).copy_(tensor.detach())
+
+    expected = results(kernel.fused, arguments, upstream)
+    x = spread(arguments[0]).requires_grad_()
+    found = results(kernel.fused, (x, *arguments[1:]), (spread(upstream[0]), *upstream[1:]))
+    assert bits(found) == bits(expected)
+
+
+@every_kernel
+def test_path_is_fixed_in_the_forward(kernel: Kernel, kernel_device: str) -> None:
+    """A backward run inside backend("torch") follows its forward, bit for bit."""
+    arguments, upstream = make(kernel, kernel_device)
+    expected = list(results(kernel.fused, arguments, upstream).values())
+    outputs = kernel.fused(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    with _runtime.backend("torch"):
+        grads = torch.autograd.grad(outputs, [a for a in arguments if isinstance(a, Tensor)], upstream)
+    for tensor, wanted in zip(grads, expected[len(outputs) :], strict=True):
+        assert torch.equal(tensor, wanted)
+
+
+@every_kernel
+def test_backend_forces_the_path_in_compiled_code_too(kernel: Kernel, kernel_device: str) -> None:
+    """Dynamo guards on the choice: the compiled function follows `backend` from call to call."""
+    torch._dynamo.reset()
+    codes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        codes.append(graph.code)
+        return graph.forward
+
+    arguments, _ = make(kernel, kernel_device)
+    compiled = torch.compile(lambda *a: kernel.fused(*a), fullgraph=True, backend=backend)
+    compiled(*arguments)
+    with _runtime.backend("torch"):
+        compiled(*arguments)
+    compiled(*arguments)
+    assert [_runtime.NAMESPACE in code for code in codes] == [True, False]
+
+
+@every_kernel
+def test_changed_input_between_forward_and_backward_is_noticed(kernel: Kernel, kernel_device: str) -> None:
+    """Saved tensors are saved through autograd: writing to one raises instead of giving a wrong gradient."""
+    arguments, upstream = make(kernel, kernel_device)
+    doubled = tuple(a * 2 if isinstance(a, Tensor) else a for a in arguments)
+    outputs = kernel.fused(*doubled)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for tensor in (outputs[-1] if len(outputs) > 1 else doubled[0],):
+        tensor.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, arguments[0], upstream)

@@ -255,7 +255,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Lines of their own: an evaluation, a checkpoint, a sample."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             self._print(text)
 

@@ -329,7 +329,7 @@ def test_the_plot_shows_both_curves(tmp_path: Path):
 def test_the_plot_copes_with_few_and_missing_points(tmp_path: Path, losses: list[float | None]):
     def train_pixels(losses: list[float | None]) -> int:
         records = [{"event": "train", "step": i, "tokens": i, "loss": loss} for i, loss in enumerate(losses)]
-        records += [{"event": "eval", "step": 0, "tokens": 0, "val_loss": loss} for loss in losses[:1]]
+        records += [{"event": "eval", "step": 0, "tokens": 0, "val_loss": loss and 2 * loss} for loss in losses[:1]]
         plot_loss([{"event": "start", "step": 0, "tokens": 0}, *records], tmp_path / "loss.png")
         image = pixels(tmp_path / "loss.png")
         return int((abs(image[..., :3] * 255 - (0x3B, 0x6E, 0xA5)).max(axis=-1) < 3).sum())

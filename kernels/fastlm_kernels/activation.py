@@ -19,8 +19,13 @@ from ._runtime import without_kernel
 
 
 @without_kernel("gelu has no kernel yet: PyTorch's operator")
-def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """`torch.nn.functional.gelu`: any shape, floating dtype kept; approximate is "none" or "tanh"."""
+def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.gelu`: any shape, floating dtype kept; approximate is "none" or "tanh".
+
+    out: a tensor that takes the result, no gradients then.
+    """
+    if out is not None:
+        return F.gelu(input, approximate=approximate, out=out)  # pyright: ignore[reportCallIssue]
     return F.gelu(input, approximate=approximate)
 
 

@@ -112,8 +112,8 @@ def _explicit(
     if enable_gqa:
         k = k.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         v = v.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = soft_cap(query.to(wide) @ k.transpose(-2, -1) * scale, softcap)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = soft_cap(query.to(wide) @ k.transpose(-2, -1) * factor, softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     # An empty row's softmax and its gradient would be NaN: give it harmless scores, then overwrite what it yields.
@@ -147,7 +147,7 @@ def scaled_dot_product_attention_reference(
     causal_align: str = "top_left",
     return_lse: bool = False,
     deterministic: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`scaled_dot_product_attention` in PyTorch's operators: the definition, and the path without a kernel."""
     check_softcap(softcap)
     window = _window(window_size)
@@ -186,7 +186,7 @@ def scaled_dot_product_attention(
     causal_align: str = "top_left",
     return_lse: bool = False,
     deterministic: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`torch.nn.functional.scaled_dot_product_attention`, with windows, padding masks, soft-cap and log-sum-exp.
 
     query (B, H, L, D), key (B, H, S, D), value (B, H, S, E), or fewer or more leading dimensions; with enable_gqa key
@@ -275,7 +275,7 @@ def varlen_attn_reference(
     softcap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`varlen_attn` as one call per document: the definition, and the path where no kernel runs.
 
     Reads the cumulative lengths on the host: on a GPU that waits for the device.
@@ -290,8 +290,11 @@ def varlen_attn_reference(
     outs, lses = [query.new_empty(0, query.shape[1], value.shape[-1])], []
     for document, (begin, end) in enumerate(pairwise(q_starts)):
         k, v = _document_keys(key, value, document, k_starts, used, block_table)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[begin:end], k, v))
         result = scaled_dot_product_attention_reference(
-            *(x.transpose(0, 1)[None] for x in (query[begin:end], k, v)),
+            q,
+            k,
+            v,
             scale=scale,
             enable_gqa=enable_gqa,
             window_size=window,
@@ -329,7 +332,7 @@ def varlen_attn(
     softcap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`torch.nn.attention.varlen.varlen_attn`, on every device and dtype: attention inside packed documents.
 
     query (Tq, H, D), key and value (Tk, Hk, D), N documents one after another; cu_seq_q, cu_seq_k (N + 1,) int32, where

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from ._arguments import check_coefficient, check_num_items, check_softcap, soft_cap
 from ._runtime import without_kernel
@@ -123,10 +124,10 @@ def cross_entropy_reference(
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`cross_entropy` in PyTorch's operators: the definition, and the path where no kernel runs."""
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_get_string(size_average, reduce)
     check_coefficient("z_loss", z_loss)
     check_softcap(softcap)
     check_num_items(num_items, reduction)
@@ -168,7 +169,7 @@ def cross_entropy(
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`torch.nn.functional.cross_entropy`, with the options of language-model training.
 
     input (C,), (N, C) or (N, C, d1, ...), any floating dtype; target class indices (), (N,), (N, d1, ...) of int64 or

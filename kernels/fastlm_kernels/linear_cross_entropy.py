@@ -85,7 +85,7 @@ def linear_cross_entropy_reference(
     return_z_loss: bool = False,
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`linear_cross_entropy` as matrix product and cross-entropy: the definition, and the path without a kernel."""
     _check_shapes(input, linear_weight, linear_bias)
     shape = target.shape
@@ -133,7 +133,7 @@ def linear_cross_entropy(
     return_z_loss: bool = False,
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`torch.nn.functional.linear_cross_entropy` of torch 2.13, also on older versions, and for (B, T, D) too.
 
     input (D,), (N, D) or (B, T, D); linear_weight (C, D), or (C, d1, ..., D) with input (N, D); linear_bias (C,) or

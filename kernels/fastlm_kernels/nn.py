@@ -94,9 +94,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         outputs = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, num_items: int | Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, target: Tensor, *, num_items: int | Tensor | None = None) -> Any:
         """The loss of `input` under the head this module holds; see `linear_cross_entropy`."""
         classes = (self.num_classes, *self.out_features)
         bias = self.linear.bias

@@ -68,6 +68,12 @@ def clip_in_place(grads: list[Tensor], norm: Tensor, max_grad_norm: float) -> No
         grad.mul_(factor.to(grad.device))
 
 
+def fill_with_zeros(grads: list[Tensor]) -> None:
+    """Zero every gradient in place."""
+    if grads:
+        torch._foreach_zero_(grads)  # pyright: ignore[reportPrivateImportUsage]
+
+
 class WithOptions:
     """Mixin before a `torch.optim` class: takes our keywords out of the constructor and hooks them in.
 
@@ -116,12 +122,12 @@ class WithOptions:
 
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    closure = kwargs.get("closure", next(iter(args[1:]), None))
     result = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-        result = ((args[0], lambda: loss), {})
+        result = ((optimizer, lambda: loss), {})
     if optimizer.options.needs_norm:
         _clip_or_set_aside(optimizer)
     return result
@@ -150,4 +156,4 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         p.grad = grad
     optimizer._set_aside.clear()
     if optimizer.options.zero_grads:
-        torch._foreach_zero_(gradients(optimizer.param_groups))
+        fill_with_zeros(gradients(optimizer.param_groups))

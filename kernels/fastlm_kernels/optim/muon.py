@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._options import StepOptions, clip_in_place, gradients
+from ._options import StepOptions, clip_in_place, fill_with_zeros, gradients
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NS_EPS = 1e-7
@@ -164,8 +164,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 self._muon(group, params, found)
             else:
                 self._adamw(group, params, found)
-        if self.options.zero_grads and grads:
-            torch._foreach_zero_(grads)
+        if self.options.zero_grads:
+            fill_with_zeros(grads)
         return loss
 
     def _clip_and_find(self, grads: list[Tensor]) -> Tensor | None:
@@ -226,8 +226,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             states = [self.state[p] for p in members]
             steps = [state["step"] for state in states]
             skip = None if found is None else found.to(device)
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
+            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
                 members,
                 [_laid_out_as(p) for p in members],
                 [state["exp_avg"] for state in states],
@@ -244,7 +244,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 found_inf=skip,
             )
             if skip is not None:
-                torch._foreach_sub_(steps, [skip] * len(steps))
+                torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, or fill it with 0."""

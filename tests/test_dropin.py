@@ -1,0 +1,134 @@
+"""Total drop-in: PyTorch's own operator samples give the same through fastlm_kernels, errors included (DESIGN 3.1)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm_kernels as fk
+
+LOSSES = ("cross_entropy", "linear_cross_entropy")
+
+
+def _op_infos() -> dict[str, Any]:
+    """'name' or 'name.variant' -> OpInfo, for every operator that has one of our public names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing PyTorch's test tables warns, on our side nothing may
+        from torch.testing._internal.common_methods_invocations import op_db
+    infos = {}
+    for info in op_db:
+        name = info.name.removeprefix("nn.functional.")
+        known = info.name in (name, f"nn.functional.{name}") and name in fk.__all__ and "." not in name
+        if known and not info.variant_test_name.startswith("complex"):
+            infos[f"{name}.{info.variant_test_name}".rstrip(".")] = info
+    return infos
+
+
+INFOS = _op_infos()
+
+
+def _half(name: str, dtype: torch.dtype) -> bool:
+    return dtype in INFOS[name].supported_dtypes("cpu") and not name.startswith("linear_cross_entropy.")
+
+
+CASES = [
+    (name, dtype)
+    for name in sorted(INFOS)
+    for dtype in (torch.float32, torch.float16)
+    if dtype == torch.float32 or _half(name, dtype)
+]
+
+
+def _leaves(sample: Any) -> list[Tensor]:
+    found = [sample.input, *sample.args, *sample.kwargs.values()]
+    return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _run(fn: Callable[..., Tensor], sample: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """Output and the gradients of everything that asks for one, under an upstream gradient that is not 1."""
+    torch.manual_seed(5)  # dropout samples draw from the default generator
+    out = fn(sample.input, *sample.args, **sample.kwargs)
+    leaves = _leaves(sample)
+    if not leaves:
+        return out.detach(), []
+    upstream = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape).to(out.dtype)
+    grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
+    return out.detach(), list(grads)
+
+
+def test_every_operator_with_samples_is_covered() -> None:
+    names = {name.partition(".")[0] for name in INFOS}
+    expected = {"layer_norm", "rms_norm", "cross_entropy", "scaled_dot_product_attention", "gelu", "silu"}
+    expected |= {"softmax", "log_softmax", "sigmoid", "tanh"}
+    if hasattr(F, "linear_cross_entropy"):
+        expected.add("linear_cross_entropy")
+    assert names == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), CASES, ids=[f"{name}-{dtype}".replace("torch.", "") for name, dtype in CASES]
+)
+def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
+    public = name.partition(".")[0]
+    ours, theirs = getattr(fk, public), getattr(F, public)
+    samples = list(INFOS[name].sample_inputs("cpu", dtype, requires_grad=True))
+    assert samples
+    for sample in samples:
+        out, grads = _run(ours, sample)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's own about combinations that its chunked path does not take
+            expected, expected_grads = _run(theirs, sample)
+        if public in LOSSES and dtype == torch.float16:
+            # Named difference (a): fp32 losses; PyTorch's rounds to half on the way and in the result.
+            assert out.dtype == torch.float32
+            torch.testing.assert_close(out, expected.float(), rtol=4e-3, atol=4e-3, equal_nan=True)
+        else:
+            torch.testing.assert_close(out, expected, equal_nan=True)
+        assert len(grads) == len(expected_grads)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert (grad is None) == (expected_grad is None)
+            if grad is not None:
+                # PyTorch rounds its half-precision log-probabilities before the gradient is formed from them.
+                rounded = public in LOSSES and dtype == torch.float16
+                tolerance: Any = {"rtol": 1e-2, "atol": 8e-3} if rounded else {}
+                torch.testing.assert_close(grad, expected_grad, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(INFOS) if INFOS[name].error_inputs_func is not None])
+def test_error_samples_raise_the_same_class(name: str) -> None:
+    public = name.partition(".")[0]
+    seen = 0
+    for error in INFOS[name].error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(Exception) as expected:
+            getattr(F, public)(sample.input, *sample.args, **sample.kwargs)
+        with pytest.raises(Exception) as got:
+            getattr(fk, public)(sample.input, *sample.args, **sample.kwargs)
+        assert type(got.value) is type(expected.value), error.error_regex
+        seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("public", sorted({name.partition(".")[0] for name in INFOS}))
+def test_positional_signature_is_pytorchs(public: str) -> None:
+    """Every positional slot of PyTorch's function is ours, in place: extra positional arguments fail in both."""
+    import inspect
+
+    ours = inspect.signature(getattr(fk, public)).parameters.values()
+    positional = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    try:
+        theirs = inspect.signature(getattr(F, public)).parameters.values()
+    except ValueError:  # a builtin: its documentation holds the signature
+        builtin = {
+            "gelu": ["input"],
+            "scaled_dot_product_attention": ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"],
+        }
+        assert positional == builtin[public]
+        return
+    assert positional == [p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]

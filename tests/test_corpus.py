@@ -108,6 +108,14 @@ def test_documents_are_separated_and_in_order(tmp_path: Path) -> None:
     assert 0.05 < share < 0.15
 
 
+def test_a_document_of_many_pieces_has_one_separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "PIECE_CHARS", 10)
+    both = "".join(spelled(open_bytes(write(tmp_path / "d", many(5)))))
+    assert both.count(EOT) == 4, "the four for training; the one held out is a text alone"
+    for document in many(5).values():
+        assert document in both
+
+
 def test_exact_duplicates_are_dropped_once_cleaned(tmp_path: Path) -> None:
     documents = many(10) | {"dup.txt": many(10)["003.txt"], "crlf.txt": "a\r\nb\n" * 9, "lf.txt": "a\nb\n" * 9}
     said: list[str] = []
@@ -309,6 +317,31 @@ def test_builders_may_race(corpus_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(results) == 4
     assert len(set(results)) == 1
     assert len(folders()) == 1
+
+
+def test_the_first_builder_stands(corpus_path: Path) -> None:
+    before = spelled(open_bytes(corpus_path))
+    (folder,) = folders()
+    inode = folder.stat().st_ino
+    late = folder.with_name(".tmp-late")
+    late.mkdir()
+    (late / "other").write_text("of a slower builder")
+    assert module.publish(late, folder)["parts"]["train"] == ["train_000000.bin"]
+    assert folder.stat().st_ino == inode, "others may be reading it"
+    assert spelled(open_bytes(corpus_path)) == before
+
+
+def test_same_bytes_of_another_kind_are_another_corpus(tmp_path: Path) -> None:
+    rows = "".join(
+        json.dumps({"text": f"row {i} of the text", "body": f"{i} body of the row"}) + "\n" for i in range(9)
+    )
+    paths = [write(tmp_path, {name: rows}) / name for name in ("a.txt", "a.jsonl")]
+    found = ["".join(spelled(open_bytes(path))) for path in paths]
+    found.append("".join(spelled(open_bytes(paths[1], text_key="body"))))
+    assert found[0] == rows
+    assert "row 3 of the text" in found[1]
+    assert "{" not in found[1] + found[2]
+    assert "3 body of the row" in found[2]
 
 
 def test_failed_build_leaves_nothing(corpus_path: Path) -> None:

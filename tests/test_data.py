@@ -402,6 +402,8 @@ def test_one_window_is_enough(tmp_path: Path) -> None:
     path.write_text("abcdefghij" * 2)
     dataset = open_at(path, tokenizer="byte", seq_len=17)
     assert (len(dataset.train), len(dataset.val)) == (18, 2)
+    error = refusal(path=str(path), tokenizer="byte", seq_len=18)
+    assert "(18 training tokens); shorter than one window of 19 tokens" in str(error)
 
 
 def test_control_characters_alone_are_no_text(tmp_path: Path) -> None:

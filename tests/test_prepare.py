@@ -97,5 +97,5 @@ def test_command_line(tmp_path: Path, corpus: Path) -> None:
     assert json.loads((out / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     again = run("--data.path", str(corpus), "--out", str(out))
     assert again.returncode == 2
-    assert again.stderr.startswith(f"error: --out: got {out};")
+    assert again.stderr.startswith(f"error: --out: got {out}; is there already")
     assert again.stderr.count("\n") == 1

@@ -198,6 +198,16 @@ def test_sentencepiece_like_file_counts_bytes(tmp_path: Path) -> None:
     assert loaded.token_bytes().tolist() == [0, 0, 1, 4, 2]
 
 
+def test_file_with_a_token_for_the_unknown_takes_any_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    Backend(models.BPE({"?": 0, "a": 1}, [], unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.name == "file"
+    assert loaded.encode("axa") == [1, 0, 1]
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
 def test_file_that_is_no_tokenizer(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"

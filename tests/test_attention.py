@@ -237,7 +237,9 @@ def test_packed_documents_equal_one_query_at_a_time(
     q, k, v, q_starts, k_starts = _packed(key_heads=key_heads)
     leaves: Any = [t.requires_grad_() for t in (q, k, v)]
     result = fk.varlen_attn(
-        *leaves,
+        leaves[0],
+        leaves[1],
+        leaves[2],
         q_starts,
         k_starts,
         5,

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 
 LOSSES = ("cross_entropy", "linear_cross_entropy")
+KERNELS = ("layer_norm", "rms_norm")
 
 
 def _op_infos() -> dict[str, Any]:
@@ -71,6 +72,8 @@ def test_every_operator_with_samples_is_covered() -> None:
     assert names == expected
 
 
+# A sample with a negative eps has NaN rows, which numpy, under Triton's interpreter, warns about.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "dtype"), CASES, ids=[f"{name}-{dtype}".replace("torch.", "") for name, dtype in CASES]
 )
@@ -97,6 +100,10 @@ def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dty
                 # PyTorch rounds its half-precision log-probabilities before the gradient is formed from them.
                 rounded = public in LOSSES and dtype == torch.float16
                 tolerance: Any = {"rtol": 1e-2, "atol": 8e-3} if rounded else {}
+                if public in KERNELS:
+                    # Rows of 1 and 2 elements: where the exact gradient is 0, PyTorch's and ours round differently.
+                    half = dtype == torch.float16
+                    tolerance = {"rtol": 4e-3, "atol": 2e-3} if half else {"rtol": 1e-5, "atol": 3e-5}
                 torch.testing.assert_close(grad, expected_grad, equal_nan=True, **tolerance)
 
 

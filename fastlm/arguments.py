@@ -156,7 +156,7 @@ def nearest_key(name: str, known: Iterable[str], fields: Mapping[str, Leaf]) -> 
     """The valid key that was probably meant: a section's first, one of the same last word, or alike."""
     if name in _sections(fields):
         return next(key for key in fields if key.startswith(f"{name}."))
-    known, name = list(known), name.replace("-", "_")
+    known = list(known)
     last = name.split(".")[-1]
     same = [key for key in known if key == name or key.split(".")[-1] == last]
     if same:

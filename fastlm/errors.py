@@ -54,7 +54,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main() or EXIT_DONE
-        sys.stdout.flush()  # a reader that has gone away shows here, not in the interpreter's shutdown
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         code = EXIT_BAD_INPUT
@@ -65,6 +64,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our stdout went away: `... | head` is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left has no reader, and must not spoil the interpreter's own last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -221,6 +221,7 @@ class Progress:
         self._first: tuple[int, float] | None = None  # step and time of the first update seen here
         self._live = self.file.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: Any = None
+        self._silent = False  # set when nobody reads any more
         self._numbers = ""
 
     def __enter__(self) -> Self:
@@ -249,14 +250,14 @@ class Progress:
             if self._bar is None:
                 self._bar = _rich_bar(self.file)
             self._bar.update(self._bar.task_ids[0], completed=step, total=total, numbers=text, eta=eta)
-        elif loss is not None:
+        elif loss is not None and not self._silent:
             self._print(f"{text}  {eta}".rstrip())
 
     def note(self, text: str) -> None:
         """Lines of their own: an evaluation, a checkpoint, a sample."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        else:
+        elif not self._silent:
             self._print(text)
 
     def _seconds_left(self, step: int, total: int | None) -> float | None:
@@ -268,8 +269,11 @@ class Progress:
         return (now - began) / (step - first_step) * (total - step)
 
     def _print(self, text: str) -> None:
-        self.file.write(f"{text}\n")
-        self.file.flush()  # a pipe would hold lines back until 8 KiB are full
+        try:
+            self.file.write(f"{text}\n")
+            self.file.flush()  # a pipe would hold lines back until 8 KiB are full
+        except OSError:  # whoever read along has gone; that is no reason to stop training
+            self._silent = True
 
 
 def _rich_bar(file: TextIO) -> Any:

@@ -134,7 +134,7 @@ def test_loaded_tensors_have_memory_of_their_own(tmp_path: Path):
     loaded.model["w"].add_(1)
     assert verify(path) is None
     with open(path / "model.safetensors", "r+b") as file:
-        file.truncate(0)  # a view of the mapped file would now fault
+        file.write(b"\0" * os.path.getsize(file.name))  # a view of the mapped file would now hold zeros
     assert torch.equal(loaded.model["w"], torch.full((3, 2), 2.0))
 
 
@@ -521,6 +521,17 @@ def test_state_that_is_there_is_filled_in_place():
         assert torch.equal(value, saved[key]), key  # type: ignore[arg-type]
     restore_optimizer(optimizer, model.named_parameters(), {})  # a checkpoint from before the first step
     assert len(optimizer.state) == 0
+
+
+@pytest.mark.parametrize(("capturable", "step_device"), [(False, "cpu"), (True, "meta")])
+def test_state_goes_where_torch_keeps_it(capturable: bool, step_device: str):
+    weight = nn.Parameter(torch.randn(3, device="meta"))  # stands for any accelerator
+    optimizer = torch.optim.AdamW([weight], foreach=False)
+    optimizer.param_groups[0]["capturable"] = capturable
+    tensors = {"w/step": torch.tensor(4.0), "w/exp_avg": torch.zeros(3)}
+    restore_optimizer(optimizer, [("w", weight)], tensors)
+    state = optimizer.state[weight]
+    assert (state["step"].device.type, state["exp_avg"].device.type) == (step_device, "meta")
 
 
 def test_several_optimizers_share_one_mapping():

@@ -122,6 +122,14 @@ def test_falling_back_to_an_older_checkpoint_drops_the_younger_one_s_lines(tmp_p
         assert lines(folder) == expected
 
 
+def test_a_run_that_goes_on_has_not_ended(tmp_path: Path):
+    with MetricsLog(tmp_path, tensorboard=False) as metrics:
+        write_run(metrics, 0, 8)
+        metrics.write("end", step=8, tokens=800, seconds=0.8)
+    with MetricsLog(tmp_path, 8, tensorboard=False):
+        assert [record["event"] for record in read_metrics(tmp_path / "metrics.jsonl")][-2:] == ["sample", "save"]
+
+
 def test_a_run_from_elsewhere_has_no_save_line_to_put_back(tmp_path: Path):
     with MetricsLog(tmp_path, 8, saved={"tokens": 1, "seconds": 1.0}, tensorboard=False):
         assert read_metrics(tmp_path / "metrics.jsonl") == []
@@ -263,6 +271,17 @@ def test_a_length_that_is_not_known_is_not_shown(total: float | None, shown: str
     out = io.StringIO()
     Progress(out).update(5, total, loss=1.0)
     assert out.getvalue() == f"{shown}  loss 1.0000\n"
+
+
+def test_training_goes_on_when_nobody_reads_along():
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Progress(Gone()) as progress:
+        for step in range(3):
+            progress.update(step, 3, loss=1.0)
+            progress.note("note")
 
 
 class Terminal(io.StringIO):

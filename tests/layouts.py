@@ -59,9 +59,7 @@ def _fill(view: Tensor, values: Tensor) -> Tensor:
 
 def lay_out(arguments: tuple[Any, ...], layout: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
     """Every tensor argument in that layout, leaves of autograd as before."""
-    return tuple(
-        layout(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments
-    )
+    return tuple(layout(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
 
 
 def snapshot(arguments: tuple[Any, ...]) -> list[Tensor]:

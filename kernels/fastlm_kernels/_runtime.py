@@ -28,7 +28,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 try:
@@ -322,8 +321,9 @@ class Operator:
     backward(ctx, *grads)               a gradient (or None) for each input
 
     An output that nobody asked for has zero elements: operators cannot return None. `backward` calls another
-    `Operator`, never a launcher, so that it can be captured too. Its results cannot be differentiated again:
-    a second differentiation raises instead of giving a wrong gradient.
+    `Operator`, never a launcher, so that it can be captured too. An operator without a `backward` raises when
+    it is differentiated. (`once_differentiable` is not enough: its error node is cut off from the inputs, so
+    that torch.autograd.grad walks around it and a gradient penalty comes out wrong without a word.)
     """
 
     def __init__(
@@ -338,16 +338,15 @@ class Operator:
         self.launch = forward
         self.op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({signature}")
         self.op.register_fake(fake)
-        self._function: Any = None
         if backward is not None and setup_context is not None:
             self.op.register_autograd(backward, setup_context=setup_context)
-            self._function = _autograd_function(name, forward, setup_context, backward)
+        self._function = _autograd_function(name, forward, setup_context, backward or _raise_for(name))
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Run on `inputs`, the first of them a tensor: by the operator while capturing, else straight."""
         if capturing(inputs[0]):
             return self.op(*inputs)
-        if self._function is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return self.launch(*inputs)
         return self._function.apply(*inputs)
 
@@ -355,11 +354,19 @@ class Operator:
 def _autograd_function(name: str, forward: Any, setup: Any, backward: Any) -> Any:
     def eager_forward(ctx: Any, *inputs: Any) -> Any:
         outputs = forward(*inputs)
-        setup(ctx, inputs, outputs)
+        if setup is not None:
+            setup(ctx, inputs, outputs)
         return outputs
 
-    body = {
-        "forward": staticmethod(eager_forward),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
+    body = {"forward": staticmethod(eager_forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), body)
+
+
+def _raise_for(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{NAMESPACE}.{name} cannot be differentiated: the kernels have no second derivative;"
+            f" run the forward under {NAMESPACE}.backend('torch') for PyTorch's"
+        )
+
+    return backward

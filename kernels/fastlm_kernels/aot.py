@@ -117,27 +117,27 @@ def _target(architecture: str) -> Any:
     return GPUTarget("hip", architecture, 64)
 
 
-def compile_launch(launch: _runtime.Launch, architecture: str, aligned: bool) -> tuple[Any, Any]:
-    """(compiled kernel, source) of the binary that Triton's launcher would build for this launch."""
-    import triton
+def specialise(launch: _runtime.Launch, architecture: str, aligned: bool) -> tuple[Any, Any]:
+    """(source, options) of the binary for this launch: types, constants and alignment as Triton's launcher sees them."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = _target(architecture)
-    backend = make_backend(target)
+    backend = make_backend(_target(architecture))
     fn, address = launch.kernel, _ALIGNED if aligned else _UNALIGNED
     arguments = [_Pointer(a.dtype, address) if isinstance(a, Tensor) else a for a in launch.arguments]
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     settings = {"num_warps": launch.num_warps, "debug": False}
     bound, specialization, rest = binder(*arguments, **launch.constexprs, **settings)
     options, signature, constexprs, attributes = fn._pack_args(backend, rest, bound, specialization, rest)
-    source = ASTSource(fn, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=options.__dict__), source
+    return ASTSource(fn, signature, constexprs, attributes), options
 
 
 def describe(launch: _runtime.Launch, architecture: str, aligned: bool) -> Row:
     """Compile one launch and read off what the binary uses."""
-    compiled, source = compile_launch(launch, architecture, aligned)
+    import triton
+
+    source, options = specialise(launch, architecture, aligned)
+    compiled = triton.compile(source, target=_target(architecture), options=options.__dict__)
     amd = architecture.startswith("gfx")
     registers, spills, shared = _amd_usage(compiled) if amd else _nvidia_usage(compiled)
     code = compiled.asm["amdgcn" if amd else "ptx"]

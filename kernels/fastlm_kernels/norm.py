@@ -201,8 +201,8 @@ def norm_forward_kernel(
             mean = tl.sum(x, axis=1) / N
             # Columns past N hold 0, not the mean: they must not enter the variance.
             x = tl.where(mask, x - mean[:, None], 0.0)
-        # rstd = 1 / sqrt(mean(x^2) + eps)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)
+        # rstd = 1 / sqrt(mean(x^2) + eps); rows past M hold zeros, which eps = 0 would divide by
+        rstd = tl.rsqrt(tl.where(row_ok, tl.sum(x * x, axis=1) / N + eps, 1.0))
         y = _scale_and_shift(x * rstd[:, None], W, B, weight_offset, cols, col_ok, HAS_WEIGHT, HAS_BIAS, ACC)
         tl.store(Y + y_rows + cols[None, :], y.to(Y.dtype.element_ty), mask=mask)
     else:
@@ -223,7 +223,7 @@ def norm_forward_kernel(
                 mean += step * width / (start + width)
                 squares += step * step * start * width / (start + width)
             squares += tl.sum(x * x, axis=1)
-        rstd = tl.rsqrt(squares / N + eps)
+        rstd = tl.rsqrt(tl.where(row_ok, squares / N + eps, 1.0))
         for start in range(0, N, BLOCK_N):
             at = start + cols
             col_ok = at < N
@@ -266,9 +266,7 @@ def _load_backward(
 
 
 @kernel()
-def _store_dx(
-    dx, DH, DX, DR, h_at, x_at, mask, HAS_DH: tl.constexpr, HAS_DR: tl.constexpr, ACC: tl.constexpr
-):
+def _store_dx(dx, DH, DX, DR, h_at, x_at, mask, HAS_DH: tl.constexpr, HAS_DR: tl.constexpr, ACC: tl.constexpr):
     if HAS_DH:
         dx += tl.load(DH + h_at, mask=mask, other=0.0).to(ACC)
     tl.store(DX + x_at, dx.to(DX.dtype.element_ty), mask=mask)
@@ -417,9 +415,7 @@ def norm_weight_gradient_kernel(
 
 
 @kernel(do_not_specialize=("P",))
-def sum_partials_kernel(
-    PARTIAL, TOTAL, P, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr
-):
+def sum_partials_kernel(PARTIAL, TOTAL, P, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
     """TOTAL[n] = sum over p of PARTIAL[p, n], always in the same order."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
@@ -460,7 +456,6 @@ def _launch_forward(
     save_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, stats): h is empty without a residual; stats (rstd, or rstd and mean) x rows, empty if not saved."""
-    acc, triton_acc = _types(x.dtype)
     rows = x.numel() // columns
     y, h, stats = _fake_forward(
         x, residual, weight, bias, columns, eps, weight_offset, subtract_mean, y_dtype, save_stats
@@ -492,7 +487,7 @@ def _launch_forward(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         SAVE_STATS=save_stats,
-        ACC=triton_acc,
+        ACC=_types(x.dtype)[1],
     )
     return y, h, stats
 
@@ -526,12 +521,16 @@ def _launch_backward(
     columns: int,
     weight_offset: float,
     subtract_mean: bool,
-    dtypes: Sequence[torch.dtype],
+    dx_dtype: torch.dtype,
+    dr_dtype: torch.dtype,
+    dw_dtype: torch.dtype,
+    db_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dr, dw, db) in `dtypes`, those not in `needs` empty. x is what was normalised: the input, or h."""
+    """(dx, dr, dw, db), those not in `needs` empty. x is what was normalised: the input, or h."""
     dx, dr, dw, db = grads = _fake_backward(
-        dy, dh, x, weight, stats, columns, weight_offset, subtract_mean, dtypes, needs
+        *(dy, dh, x, weight, stats, columns, weight_offset, subtract_mean),
+        *(dx_dtype, dr_dtype, dw_dtype, db_dtype, needs),
     )
     rows = x.numel() // columns
     if rows == 0:
@@ -545,14 +544,17 @@ def _launch_backward(
     tiles = -(-rows // config.block_m)
     # Programs that stay resident, each walking many tiles: as few partial sums as keep the device busy.
     programs = min(tiles, _runtime.multiprocessors(x.device) * configs.programs_per_multiprocessor(config))
-    partial = stats.new_empty((2, programs if need_dw or need_db else 0, columns))
+    # Two buffers, not one cut in two: both start aligned, whatever the sizes.
+    partial_dw, partial_db = (
+        stats.new_empty((programs if need and whole_row else 0, columns)) for need in (need_dw, need_db)
+    )
     if need_dx or whole_row:
         launch(
             norm_backward_kernel,
             (programs,),
             (
                 *(dy2, dh2, x2, x2 if weight is None else weight.contiguous(), stats),
-                *(dx, dr, partial[0], partial[1]),
+                *(dx, dr, partial_dw, partial_db),
                 *(rows, columns, -(-tiles // programs)),
                 *(dy2.stride(0), dh2.stride(0), x2.stride(0), weight_offset),
             ),
@@ -570,8 +572,8 @@ def _launch_backward(
             ACC=acc,
         )
     if (need_dw or need_db) and not whole_row:
-        partial = _launch_long_weight_gradient(dy2, x2, stats, rows, columns, subtract_mean, needs)
-    for needed, source, total in ((need_dw, partial[0], dw), (need_db, partial[1], db)):
+        partial_dw, partial_db = _launch_long_weight_gradient(dy2, x2, stats, rows, columns, subtract_mean, needs)
+    for needed, source, total in ((need_dw, partial_dw, dw), (need_db, partial_db, db)):
         if needed:
             _launch_sum_partials(source, total, acc)
     return grads
@@ -585,18 +587,18 @@ def _launch_long_weight_gradient(
     columns: int,
     subtract_mean: bool,
     needs: Sequence[bool],
-) -> Tensor:
-    """Partial dw and db of rows that do not fit a program's registers, (2, row groups, columns)."""
+) -> tuple[Tensor, Tensor]:
+    """Partial dw and db of rows that do not fit a program's registers, (row groups, columns) each."""
     config = configs.NORM_WEIGHT_GRADIENT
     tiles, strips = -(-rows // config.block_m), -(-columns // config.block_n)
     resident = _runtime.multiprocessors(x2.device) * configs.programs_per_multiprocessor(config)
     groups = min(tiles, max(1, -(-resident // strips)))
-    partial = stats.new_empty((2, groups, columns))
+    partial_dw, partial_db = (stats.new_empty((groups if need else 0, columns)) for need in needs[2:])
     launch(
         norm_weight_gradient_kernel,
         (groups * strips,),
         (
-            *(dy2, x2, stats, partial[0], partial[1]),
+            *(dy2, x2, stats, partial_dw, partial_db),
             *(rows, columns, -(-tiles // groups), dy2.stride(0), x2.stride(0)),
         ),
         num_warps=config.num_warps,
@@ -607,7 +609,7 @@ def _launch_long_weight_gradient(
         HAS_DB=needs[3],
         ACC=_types(x2.dtype)[1],
     )
-    return partial
+    return partial_dw, partial_db
 
 
 def _launch_sum_partials(partial: Tensor, total: Tensor, acc: Any) -> None:
@@ -633,10 +635,14 @@ def _fake_backward(
     columns: int,
     weight_offset: float,
     subtract_mean: bool,
-    dtypes: Sequence[torch.dtype],
+    dx_dtype: torch.dtype,
+    dr_dtype: torch.dtype,
+    dw_dtype: torch.dtype,
+    db_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (x.shape, x.shape, (columns,), (columns,))
+    dtypes = (dx_dtype, dr_dtype, dw_dtype, db_dtype)
     dx, dr, dw, db = (
         torch.empty(shape if need else (0,), dtype=dtype, device=x.device)
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -670,7 +676,7 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) 
     two_dtypes = need_r and r_dtype != x_dtype
     needs = [need_x or need_r, two_dtypes, need_w, need_b]
     dx, dr, dw, db = norm_backward(
-        dy, dh, rows, weight, stats, ctx.columns, ctx.weight_offset, ctx.subtract_mean, ctx.dtypes, needs
+        dy, dh, rows, weight, stats, ctx.columns, ctx.weight_offset, ctx.subtract_mean, *ctx.dtypes, needs
     )
     w_shape, b_shape = ctx.parameter_shapes
     return (
@@ -693,16 +699,15 @@ norm_forward = Operator(
 )
 norm_backward = Operator(
     "norm_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? weight, Tensor stats, SymInt columns,"
-    " float weight_offset, bool subtract_mean, ScalarType[] dtypes, bool[] needs)"
+    " float weight_offset, bool subtract_mean, ScalarType dx_dtype, ScalarType dr_dtype, ScalarType dw_dtype,"
+    " ScalarType db_dtype, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
 )
 
 
-def _obstacle(
-    input: Any, residual: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any
-) -> str | None:
+def _obstacle(input: Any, residual: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> str | None:
     """Why the kernels do not cover this call; malformed calls go to PyTorch's op and raise its errors."""
     tensors = [t for t in (input, residual, weight, bias) if t is not None]
     if not isinstance(input, Tensor) or not all(isinstance(t, Tensor) for t in tensors):
@@ -837,6 +842,4 @@ def _check_weight_offset(weight_offset: Any, weight: Any) -> None:
     if not isinstance(weight_offset, (int, float)) or not math.isfinite(weight_offset):
         raise ValueError(f"weight_offset: got {weight_offset!r}; pass a finite number")
     if weight_offset != 0.0 and weight is None:
-        raise ValueError(
-            f"weight_offset: got {weight_offset!r} with weight=None; pass a weight, or weight_offset=0.0"
-        )
+        raise ValueError(f"weight_offset: got {weight_offset!r} with weight=None; pass a weight, or weight_offset=0.0")

@@ -1,0 +1,110 @@
+"""Every shipped configuration compiles, fits and does not spill; the committed report describes these sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastlm_kernels import _runtime, aot, configs
+from fastlm_kernels.registry import KERNELS
+
+pytestmark = pytest.mark.needs_compiler
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[aot.Row]:
+    """The quick report: one size of each kernel for sm_89 and sm_90."""
+    return aot.collect(list(aot.jobs(False, aot.QUICK_ARCHITECTURES)), workers=1)
+
+
+def test_quick_report_covers_both_architectures_and_every_kernel(rows: list[aot.Row]) -> None:
+    """Forward and backward of each registry entry reach the compiler."""
+    for architecture in aot.QUICK_ARCHITECTURES:
+        forwards = [r for r in rows if r.architecture == architecture and r.kernel == "norm_forward_kernel"]
+        assert len({r.constexprs for r in forwards}) == len(KERNELS)
+        assert "norm_backward_kernel" in {r.kernel for r in rows if r.architecture == architecture}
+
+
+def test_row_kernels_fit_and_do_not_spill(rows: list[aot.Row]) -> None:
+    """Zero spills, shared memory within the architecture's limit."""
+    assert [row for row in rows if not row.ok] == []
+
+
+def test_alignment_gives_16_byte_loads(rows: list[aot.Row]) -> None:
+    """Aligned pointers are read 16 bytes at a time; unaligned ones element by element, and still compile."""
+    for row in rows:
+        widths = [int(word.split("x")[0]) for word in row.loads.split()]
+        assert (max(widths) == 128) == row.aligned, row
+
+
+@pytest.mark.parametrize("index", range(len(KERNELS)), ids=[kernel.name for kernel in KERNELS])
+def test_sizes_that_vary_never_compile_a_new_binary(index: int) -> None:
+    """Any number of rows, 1 and 16-divisible ones included, asks for the same binaries."""
+    found: dict[str, set[str]] = {}
+    for count in (1, 2, 16, 33, 4096, 4097, 100_003):
+        for launch in aot.record(index, {"rows": count, "columns": 1023}, torch.bfloat16, "sm_90"):
+            source, options = aot.specialise(launch, "sm_90", True)
+            found.setdefault(launch.kernel.__name__, set()).add(f"{source.hash()} {options.hash()}")
+    assert {"norm_forward_kernel", "norm_backward_kernel", "sum_partials_kernel"} <= set(found)
+    assert {name: len(binaries) for name, binaries in found.items()} == dict.fromkeys(found, 1)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_rows_of_one_element_compile(architecture: str) -> None:
+    """Triton turns an argument of 1 into a constant: the kernels must still compile."""
+    for launch in aot.record(3, {"rows": 5, "columns": 1}, torch.float32, architecture):
+        assert aot.describe(launch, architecture, True).ok
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_a_tile_too_large_is_reported_as_spilling(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 elements a thread cannot stay in registers: the report must say so on both vendors' hardware."""
+    monkeypatch.setattr(configs, "NORM_BACKWARD", {"generic": (configs.RowConfig(4, 8192, 4),)})
+    launches = aot.record(2, {"rows": 64, "columns": 8192}, torch.float32, architecture)
+    backward = next(launch for launch in launches if launch.kernel.__name__ == "norm_backward_kernel")
+    row = aot.describe(backward, architecture, True)
+    assert row.spill_bytes > 0
+    assert not row.ok
+
+
+def test_exit_code_follows_the_rows(
+    rows: list[aot.Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """0 if every binary is in order, 1 if one is not."""
+    monkeypatch.setattr(aot, "collect", lambda work, workers: rows[:2])
+    assert aot.main([]) == 0
+    monkeypatch.setattr(aot, "collect", lambda work, workers: [rows[0], replace(rows[1], spill_bytes=8)])
+    assert aot.main([]) == 1
+    assert "2 binaries, 1 of which" in capsys.readouterr().out
+    assert not replace(rows[0], shared_bytes=rows[0].shared_limit + 1).ok
+
+
+def test_committed_report_is_fresh_and_clean() -> None:
+    """Made from these sources, for every architecture and every tile of the tables, without a spill."""
+    sources, found = aot.read_report(aot.REPORT)
+    remedy = "run python -m fastlm_kernels.aot --all and commit aot_report.csv"
+    assert sources == aot.source_hash(), remedy
+    assert all(row["spill_bytes"] == "0" for row in found)
+    assert all(int(row["shared_bytes"]) <= int(row["shared_limit"]) for row in found)
+    assert {row["architecture"] for row in found} == set(configs.ARCHITECTURES)
+    for table, kernel in (
+        (configs.NORM_FORWARD, "norm_forward_kernel"),
+        (configs.NORM_BACKWARD, "norm_backward_kernel"),
+    ):
+        for config in table["generic"]:
+            tile = f"BLOCK_M={config.block_m} BLOCK_N={config.block_n} "
+            mine = [r for r in found if r["kernel"] == kernel and tile in r["constexprs"]]
+            assert {r["architecture"] for r in mine} == set(configs.ARCHITECTURES)
+            assert {r["aligned"] for r in mine} == {"True", "False"}
+
+
+def test_recording_makes_no_launch_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, launches are only noted; afterwards everything is as before, after an error too."""
+    with pytest.raises(KeyError), _runtime.recording("sm_80") as launches:
+        assert _runtime.architecture(torch.device("cpu")) == "sm_80"
+        raise KeyError
+    assert launches == []
+    assert _runtime.architecture(torch.device("cpu")) == "generic"
+    assert not _runtime.choose(torch.ones(2))

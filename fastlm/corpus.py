@@ -50,7 +50,8 @@ Notify = Callable[[str], None]
 
 DEFAULT_BPE_VOCAB = 4096
 BPE_TRAINING_CHARS = 1_000_000_000
-BATCH_CHARS = 8 << 20  # text in flight while encoding: about 100 times as much in the library's own objects
+# Text in flight while encoding, a piece for each core: the library's own objects take some 100 times as much.
+BATCH_CHARS = max(4, os.cpu_count() or 1) << 20
 META = "meta.json"
 META_FORMAT = 1
 REMEMBER_BYTES = 64 << 20  # files smaller than this together are read anew at every start

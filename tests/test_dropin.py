@@ -139,3 +139,73 @@ def test_positional_signature_is_pytorchs(public: str) -> None:
         assert positional == builtin[public]
         return
     assert positional == [p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _calls() -> dict[str, Callable[[Any], Tensor]]:
+    """One call a function, with our keywords where it has some; `f` is the module that holds the function."""
+    torch.manual_seed(0)
+    x, weight, head = torch.randn(6, 8), torch.randn(8), torch.randn(5, 8)
+    target, q, cos = torch.tensor([0, 1, 4, -100, 2, 3]), torch.randn(2, 2, 6, 8), torch.randn(6, 4)
+    padding = torch.arange(6) < torch.tensor([[6], [4]])
+    return {
+        "layer_norm": lambda f: f.layer_norm(x, (8,), weight),
+        "rms_norm": lambda f: f.rms_norm(x, (8,), weight),
+        "cross_entropy": lambda f: f.cross_entropy(x, target),
+        "cross_entropy, ours": lambda f: f.cross_entropy(x, target, z_loss=0.1, softcap=3.0, num_items=torch.tensor(7)),
+        "linear_cross_entropy, ours": lambda f: f.linear_cross_entropy(x, head, target, z_loss=0.1, softcap=3.0),
+        "attention": lambda f: f.scaled_dot_product_attention(q, q, q, is_causal=True),
+        "attention, masks": lambda f: f.scaled_dot_product_attention(q, q, q, window_size=(2, 0), key_mask=padding),
+        "attention, softcap": lambda f: f.scaled_dot_product_attention(q, q, q, softcap=9.0, is_causal=True),
+        "rotary_embedding": lambda f: f.rotary_embedding(q, q, cos, cos, qk_norm_eps=1e-6)[0],
+        "gelu": lambda f: f.gelu(x, approximate="tanh"),
+        "softmax": lambda f: f.softmax(x, -1),
+        "swiglu": lambda f: f.swiglu(x, x),
+        "relu_squared": lambda f: f.relu_squared(x),
+    }
+
+
+CALLS = _calls()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_into_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: CALLS[name](fk), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(), CALLS[name](fk))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "cross_entropy", "attention", "gelu", "softmax"])
+def test_autocast_gives_pytorchs_dtype(name: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = CALLS[name](fk), CALLS[name](F)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_leaves_the_explicit_attention_in_fp32() -> None:
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 2, 32, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = fk.scaled_dot_product_attention(q, k, v, return_lse=True)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+    rounded = [t.bfloat16().double() for t in (q, k, v)]
+    expected, expected_lse = fk.scaled_dot_product_attention(*rounded, return_lse=True)  # type: ignore[misc]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+# torch.func.jvp loads decompositions that PyTorch itself compiles with what it deprecates.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_and_vmap_reach_pytorchs_operators() -> None:
+    torch.manual_seed(2)
+    x, tangent, target = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    for ours, theirs in (
+        (lambda t: fk.cross_entropy(t, target), lambda t: F.cross_entropy(t, target)),
+        (lambda t: fk.rms_norm(t, (5,)), lambda t: F.rms_norm(t, (5,))),
+        (lambda t: fk.swiglu(t, t), lambda t: F.silu(t) * t),
+    ):
+        got = torch.func.jvp(ours, (x,), (tangent,))
+        for a, b in zip(got, torch.func.jvp(theirs, (x,), (tangent,)), strict=True):
+            torch.testing.assert_close(a, b)
+    rows = torch.func.vmap(lambda row: fk.rms_norm(row, (5,)))(x)
+    torch.testing.assert_close(rows, F.rms_norm(x, (5,)))

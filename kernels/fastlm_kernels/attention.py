@@ -124,6 +124,21 @@ def _explicit(
     return F.dropout(weights, dropout_p) @ v, lse
 
 
+def _without_autocast(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """`_explicit` on what autocast makes of the inputs, its own products left in fp32; out in the inputs' dtype."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        out, lse = _explicit(query, key, value, mask, *options)
+        return out.to(query.dtype), lse
+    cast = torch.get_autocast_dtype(kind)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(cast) for x in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        out, lse = _explicit(query, key, value, mask, *options)
+    return out.to(query.dtype), lse
+
+
 def _laid_out_as(out: Tensor, query: Tensor) -> Tensor:
     """`out` with the memory order of a (B, T, H, D) tensor if `query` is a view of one."""
     if query.dim() == 4 and not query.is_contiguous() and query.transpose(1, 2).is_contiguous():
@@ -164,8 +179,8 @@ def scaled_dot_product_attention_reference(
     mask = _merge_masks(attn_mask, visible)
     if not explicit:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
-    wide_out, lse = _explicit(query, key, value, mask, dropout_p, scale, enable_gqa, softcap)
-    out = _laid_out_as(wide_out.to(query.dtype), query)
+    out, lse = _without_autocast(query, key, value, mask, dropout_p, scale, enable_gqa, softcap)
+    out = _laid_out_as(out, query)
     return (out, lse) if return_lse else out
 
 
@@ -191,7 +206,8 @@ def scaled_dot_product_attention(
 
     query (B, H, L, D), key (B, H, S, D), value (B, H, S, E), or fewer or more leading dimensions; with enable_gqa key
     and value have Hk heads, a divisor of H. attn_mask bool (True = visible) or float (added), broadcasts to
-    (B, H, L, S). Returns (B, H, L, E) in query's dtype; for query a transposed (B, L, H, D) tensor,
+    (B, H, L, S). Returns (B, H, L, E) in query's dtype (under
+    autocast in autocast's, as PyTorch's does); for query a transposed (B, L, H, D) tensor,
     `out.transpose(1, 2)` is contiguous. A query that sees no key gives 0.
 
     window_size: (left, right), how many keys before and after a query's own position it sees; -1 = all.

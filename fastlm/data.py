@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastlm.arguments import leaves, read_yaml
-from fastlm.config import Config, DataConfig, presets
+from fastlm.config import DataConfig
 from fastlm.corpus import Notify, TextCorpus, cached_shards, cached_text, file_digest, remembered
 from fastlm.errors import InputError
 from fastlm.shards import Shard, TokenStream, check_ids, largest_id, open_shard
@@ -49,6 +48,17 @@ class Dataset:
     fingerprint: str  # hash of content, tokenizer, cleaning and split: the same data, the same fingerprint
     source: str  # for people
     is_code: bool  # all the text is Python source
+
+    @property
+    def document_start(self) -> int | None:
+        """The id after which a text begins, None without a tokenizer.
+
+        The separator where training met it, that is before each of several documents; else a line break's.
+        """
+        if self.tokenizer is None:
+            return None
+        first = int(self.train.read(0, 1)[0])
+        return first if first == self.tokenizer.eot_id else self.tokenizer.line_break
 
 
 def silent(_: str) -> None:
@@ -207,9 +217,8 @@ def shard_vocabulary(cfg: DataConfig, shards: Sequence[Shard]) -> tuple[Tokenize
     """(tokenizer or None, vocabulary size) of token shards, the first of these that exists:
 
     the tokenizer that `--data.tokenizer PATH` names; a tokenizer.json beside the first shard, as
-    `fastlm.prepare` writes it; `--data.tokenizer byte` or `gpt2`; a `--data.vocab_size` other than the
-    default and the presets'; the vocabulary that the layout was made for (uint16: GPT-2's 50257, uint32:
-    Llama 3's 128256).
+    `fastlm.prepare` writes it; `--data.tokenizer byte` or `gpt2`; `--data.vocab_size`; the vocabulary that the
+    layout was made for (uint16: GPT-2's 50257, uint32: Llama 3's 128256).
     """
     beside = shards[0].path.parent / FILE_NAME
     tokenizer = None
@@ -222,14 +231,7 @@ def shard_vocabulary(cfg: DataConfig, shards: Sequence[Shard]) -> tuple[Tokenize
         tokenizer = ready_tokenizer(cfg.tokenizer)
     if tokenizer is not None:
         return tokenizer, tokenizer.vocab_size
-    return None, chosen_vocab_size(cfg) or max(shard.vocab_size for shard in shards)
-
-
-def chosen_vocab_size(cfg: DataConfig) -> int | None:
-    """`data.vocab_size` where somebody chose it: a default's or a preset's speaks of a BPE to be trained."""
-    files = [read_yaml(path, leaves(Config)) for path in presets().values()]
-    given = [values.get("data.vocab_size") for values in files]
-    return None if cfg.vocab_size in (DataConfig().vocab_size, *given) else cfg.vocab_size
+    return None, cfg.vocab_size or max(shard.vocab_size for shard in shards)
 
 
 def check_lengths(cfg: DataConfig, dataset: Dataset) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from .config import ModelConfig
+from .config import Config, ModelConfig
 
 # Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets, by a part of the device's name; first match wins.
 PEAK_FLOPS = (
@@ -58,6 +59,14 @@ def flops_per_token(cfg: ModelConfig, vocab_size: int, seq_len: int, *, causal: 
     """
     attention = 12 * cfg.n_layer * cfg.n_embd * seq_len
     return 6 * parameters(cfg, vocab_size).matmul + (attention // 2 if causal else attention)
+
+
+def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
+    """FLOPs of a whole run of `steps` updates; infinite under a time limit, which nobody can convert."""
+    if steps is None:
+        return math.inf
+    tokens = steps * cfg.train.batch_size * cfg.data.seq_len
+    return float(tokens) * flops_per_token(cfg.model, vocab_size, cfg.data.seq_len)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -97,14 +97,15 @@ def main(argv: list[str] | None = None) -> int:
     """Print `num_samples` continuations of the prompt, each with the prompt before it."""
     from .config import parse_arguments
     from .run import open_run
+    from .text import clean
 
     arguments = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(GenerateConfig, arguments, command="fastlm.generate", positional="run")
     check(cfg)
     run = open_run(cfg.run, cfg.device)
     if run.tokenizer is None:
-        raise InputError("run", cfg.run, "it was trained on shards without a tokenizer; nothing can decode its tokens")
-    prompt = run.tokenizer.encode(cfg.prompt) or [run.tokenizer.document_start]
+        raise InputError("RUN", cfg.run, "it was trained on shards without a tokenizer; nothing can decode its tokens")
+    prompt = run.tokenizer.encode(clean(cfg.prompt)) or [run.document_start]
     samples = generate(
         run.model,
         prompt,

@@ -10,16 +10,20 @@ import torch
 
 from .config import Config
 from .errors import InputError
-from .flops import memory_bytes
+from .flops import memory_bytes, training_flops
 
 # A cold torch.compile of forward and backward takes about a minute on two cores; eager CPU steps are dominated by
 # matrix products that compilation leaves as they are. LOG.md has the measurement behind this rule.
 CPU_COMPILE_PAYS_FLOPS = 1e15
+CPU_COMPILE_PAYS_SECONDS = 3600
 MEMORY_SHARE = 0.8  # of the free device memory that a step may plan with
 
 
-def resolve(cfg: Config, device: torch.device, vocab_size: int, training_flops: float) -> tuple[Config, list[str]]:
-    """A copy of `cfg` without `auto` or derived `None`s, and one line for each decision worth knowing."""
+def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | None) -> tuple[Config, list[str]]:
+    """A copy of `cfg` without `auto` or derived `None`s, and one line for each decision worth knowing.
+
+    `steps` is the length in updates, None under a time limit.
+    """
     cfg = deepcopy(cfg)
     cfg.device = device.type  # type: ignore[assignment]
     resolve_model(cfg)
@@ -30,7 +34,7 @@ def resolve(cfg: Config, device: torch.device, vocab_size: int, training_flops: 
     notes.append(note)
     cfg.model.attention = "sdpa"
     notes.append("attention: PyTorch's scaled_dot_product_attention")
-    cfg.train.compile, note = _compile(cfg, device, training_flops)
+    cfg.train.compile, note = _compile(cfg, device, training_flops(cfg, vocab_size, steps))
     notes.append(note)
     if cfg.train.micro_batch_size is None:
         cfg.train.micro_batch_size = _micro_batch_size(cfg, device, vocab_size)
@@ -75,7 +79,7 @@ def _kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
     return "triton", "kernels: fastlm's Triton kernels where one exists, else PyTorch's ops"
 
 
-def _compile(cfg: Config, device: torch.device, training_flops: float) -> tuple[bool, str]:
+def _compile(cfg: Config, device: torch.device, flops: float) -> tuple[bool, str]:
     missing = _missing_compiler(device)
     if cfg.train.compile is True and missing:
         raise InputError("--train.compile", "true", f"{missing}; install one or use auto")
@@ -87,7 +91,8 @@ def _compile(cfg: Config, device: torch.device, training_flops: float) -> tuple[
         return True, "compile: on (torch.compile of forward and backward)"
     if device.type == "mps":
         return False, "compile: off (not on mps)"
-    if training_flops < CPU_COMPILE_PAYS_FLOPS:
+    limit = cfg.train.max_seconds
+    if (limit < CPU_COMPILE_PAYS_SECONDS) if limit is not None else (flops < CPU_COMPILE_PAYS_FLOPS):
         return False, "compile: off (a CPU run of this length ends before compilation would pay)"
     return True, "compile: on (this run is long enough to pay for compilation)"
 

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
 from .data import Dataset, WindowOrder, open_dataset
 from .errors import InputError
-from .flops import flops_per_token, memory_bytes, parameters
+from .flops import memory_bytes, parameters, training_flops
 from .model import GPT
 from .optim import build_optimizer
 from .resolve import resolve, resolve_model
@@ -80,7 +80,7 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
         remedy = f"its content changed since the run in {start.out} began; restore it, or choose another --out"
         raise InputError("--data.path", cfg.data.path, remedy)
     steps = total_steps(cfg, WindowOrder(len(dataset.train), cfg.data.seq_len, cfg.seed).windows_per_epoch)
-    cfg, decisions = resolve(cfg, device, dataset.vocab_size, training_flops(cfg, dataset.vocab_size, steps))
+    cfg, decisions = resolve(cfg, device, dataset.vocab_size, steps)
     state = State() if loaded is None else restore_state(loaded)
     if is_finished(cfg, state, steps):
         note(f"{start.out}: finished at step {state.step}, nothing to do")
@@ -209,14 +209,6 @@ def open_directory(out: Path, cfg: Config, state: State) -> None:
     checkpoint.remove_after(out, state.step)
 
 
-def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
-    """FLOPs of the whole run by `flops.py`; infinite under a time limit, which no one can convert."""
-    if steps is None:
-        return float("inf")
-    tokens = steps * cfg.train.batch_size * cfg.data.seq_len
-    return float(tokens) * flops_per_token(cfg.model, vocab_size, cfg.data.seq_len)
-
-
 def summary(cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:
     """What is about to happen, in numbers."""
     size = parameters(cfg.model, dataset.vocab_size)
@@ -250,6 +242,13 @@ class Run:
     tokenizer: Tokenizer | None
     state: dict[str, object]
     checkpoint: Path
+
+    @property
+    def document_start(self) -> int:
+        """The id after which a text begins."""
+        start = self.state["document_start"]
+        assert isinstance(start, int), "a run with a tokenizer has one"
+        return start
 
 
 def open_run(path: str, device: str = "auto") -> Run:

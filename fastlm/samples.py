@@ -25,11 +25,11 @@ class Sample:
     tokenizes: float | None
 
 
-def draw_sample(model: GPT, tokenizer: Tokenizer, *, seed: int, is_code: bool) -> Sample:
-    """Sample texts from the start of a document; a function of the weights and `seed` alone."""
+def draw_sample(model: GPT, tokenizer: Tokenizer, start: int, *, seed: int, is_code: bool) -> Sample:
+    """Sample texts behind the token `start`; a function of the weights and `seed` alone."""
     ids = generate(
         model,
-        [tokenizer.document_start],
+        [start],
         max_new_tokens=SAMPLE_TOKENS,
         temperature=TEMPERATURE,
         top_k=TOP_K,

@@ -54,11 +54,11 @@ class Tokenizer:
         self._characters = frozenset(self._spec["model"]["vocab"]) if drops_unknown(self._spec) else None
 
     @property
-    def document_start(self) -> int:
-        """The id after which a document begins: the separator's, else a line break's, else 0."""
-        if self.eot_id is not None:
-            return self.eot_id
-        return self.backend.token_to_id("\n") or 0
+    def line_break(self) -> int:
+        """The id to begin a text from nothing with: a line break's where there is one, else 0."""
+        if self._characters is not None and "\n" not in self._characters:
+            return 0
+        return next(iter(self.encode("\n")), 0)
 
     def encode(self, text: str, key: str = "--prompt") -> list[int]:
         """Ids of `text`. Raises InputError, about `key`, for a character that a char tokenizer does not know."""

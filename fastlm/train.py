@@ -202,12 +202,12 @@ class Trainer:
         return evaluate(self.model, windows, self.token_bytes)
 
     def _sample(self) -> None:
-        tokenizer = self.data.tokenizer
-        if tokenizer is None:
+        tokenizer, start = self.data.tokenizer, self.data.document_start
+        if tokenizer is None or start is None:
             return
         with self.meter.paused():
             seed = int(hash32(torch.tensor(self.cfg.seed + self.state.step)))
-            sample = draw_sample(self.model, tokenizer, seed=seed, is_code=self.data.is_code)
+            sample = draw_sample(self.model, tokenizer, start, seed=seed, is_code=self.data.is_code)
         append_sample(self.out / "samples.md", sample, step=self.state.step, tokens=self.state.tokens)
         self.metrics.write("sample", **self._when(), tokenizes=sample.tokenizes)
         share = "" if sample.tokenizes is None else f" ({sample.tokenizes:.0%} of its lines tokenize as Python)"
@@ -270,6 +270,7 @@ class Trainer:
         return asdict(self.state) | {
             "vocab_size": self.data.vocab_size,
             "data": self.data.fingerprint,
+            "document_start": self.data.document_start,
             "val_loss": self.last_eval[1] if self.last_eval and evaluated else None,  # on the fixed subset
         }
 

@@ -309,12 +309,6 @@ def test_chosen_vocabulary_holds_for_shards(tmp_path: Path, vocab_size: int) -> 
     assert f"past the vocabulary of {vocab_size}" in str(refusal(path=str(path), vocab_size=vocab_size, seq_len=4))
 
 
-@pytest.mark.parametrize("vocab_size", [DataConfig().vocab_size, 2048, 8192])
-def test_vocabulary_of_a_preset_is_no_choice(tmp_path: Path, vocab_size: int) -> None:
-    path = write_ids(tmp_path / "a.bin", [50_000] * 50)
-    assert open_at(path, vocab_size=vocab_size).vocab_size == 50257
-
-
 def test_tokenizer_beside_the_shards(tmp_path: Path) -> None:
     path = write_ids(tmp_path / "train.bin", list(b"some text of bytes" * 9))
     byte_tokenizer().save(tmp_path / "tokenizer.json")
@@ -454,3 +448,13 @@ def test_embedded_corpus_trains_on_the_library(tmp_path: Path, monkeypatch: pyte
     length = dataset.tokenizer.token_bytes()
     total = sum(length[s.read(0, len(s))].sum() for s in (dataset.train, dataset.val))
     assert total == sum(path.stat().st_size for path in library.rglob("*.py"))
+
+
+def test_texts_begin_after_what_training_met(tmp_path: Path) -> None:
+    """The separator stands before each of several documents; in a single text it never occurs."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}\n" * 20)
+    several, single = (open_at(path, tokenizer="byte", seq_len=4) for path in (tmp_path, tmp_path / "a.txt"))
+    assert several.tokenizer is not None
+    assert several.document_start == several.tokenizer.eot_id
+    assert single.document_start == ord("\n")

@@ -88,7 +88,7 @@ def test_batch_equals_one_by_one(bpe: Tokenizer) -> None:
 def test_separator_is_spelled_out_by_decode(bpe: Tokenizer) -> None:
     assert bpe.eot_id is not None
     assert bpe.decode(np.array([bpe.eot_id])) == EOT
-    assert bpe.document_start == bpe.eot_id
+    assert bpe.decode([bpe.line_break]) == "\n"
 
 
 # Kinds
@@ -141,8 +141,8 @@ def test_char_vocabulary_is_the_sorted_characters() -> None:
     assert tokenizer.encode("".join(order)) == list(range(len(order)))
     assert tokenizer.decode(tokenizer.encode("wöl\n\nd😀")) == "wöl\n\nd😀"
     assert tokenizer.token_bytes().tolist() == [len(c.encode()) for c in order]
-    assert tokenizer.document_start == order.index("\n")
-    assert char_tokenizer("ab", separator=False).document_start == 0
+    assert tokenizer.line_break == order.index("\n")
+    assert char_tokenizer("ab", separator=False).line_break == 0
 
 
 def test_char_with_separator() -> None:

@@ -1,0 +1,248 @@
+"""A run continued from a checkpoint is the run that was never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny import events, final_weights, flags, record, spawn, train, write_corpus
+
+from fastlm.config import load_config
+from fastlm.errors import InputError
+from fastlm.train import Trainer, main
+
+EVERY = ["--train.eval_every", "3", "--train.save_every", "2", "--train.sample_every", "4"]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+
+class Crash(BaseException):
+    """What a killed process looks like from inside: no handler runs, no file is closed in order."""
+
+
+def train_until(step: int, corpus: Path, out: Path, *more: str) -> None:
+    """Train and die in the middle of the update after `step`."""
+    original = Trainer._update
+
+    def update(self: Trainer, batch: object) -> object:
+        if self.state.step == step:
+            raise Crash
+        return original(self, batch)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "_update", update)
+        train(corpus, out, *more, steps=STEPS)
+
+
+VARIANTS = {
+    "modern-muon": [],
+    "modern-dropout-micro": ["--model.dropout", "0.1", "--train.micro_batch_size", "2"],
+    "gpt2-adamw": ["--model.family", "gpt2", "--optim.name", "adamw", "--optim.lr", "0.01"],
+    **{
+        name: ["--optim.name", name, "--optim.lr", "0.01"] for name in ("adam", "sgd", "adagrad", "adadelta", "rmsprop")
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("step", [5, 8])
+def test_bit_for_bit(name: str, step: int, corpus: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(corpus, whole, *EVERY, *VARIANTS[name], steps=STEPS)
+    train_until(step, corpus, broken, *EVERY, *VARIANTS[name])
+    assert train(corpus, broken, *EVERY, *VARIANTS[name], steps=STEPS) == 0
+    assert record(broken) == record(whole)
+    assert final_weights(broken) == final_weights(whole)
+    for file in ("optimizer.safetensors", "config.yaml", "tokenizer.json"):
+        newest = f"checkpoints/step_{STEPS:08d}/{file}"
+        assert (broken / newest).read_bytes() == (whole / newest).read_bytes(), file
+    assert (broken / "samples.md").read_text() == (whole / "samples.md").read_text()
+    starts = [line["step"] for line in events(broken, "start")]
+    assert starts == [0, step // 2 * 2]
+
+
+def test_killed_three_times_and_a_flipped_byte(corpus: Path, tmp_path: Path):
+    """The real thing: SIGKILL from outside, after a checkpoint, three times; then the newest checkpoint goes bad."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    steps = 400
+    arguments = [*EVERY[:2], "--train.save_every", "20", "--train.log_every", "7"]
+    train(corpus, whole, *arguments, steps=steps)
+    for kill in range(3):
+        process = spawn(flags(corpus, broken, *arguments, steps=steps), OMP_NUM_THREADS="1")
+        wait_for_save(broken, process, at_least=60 * (kill + 1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+    newest = max((broken / "checkpoints").glob("step_*"))
+    flip_byte(newest / "model.safetensors")
+    process = spawn(flags(corpus, broken, *arguments, steps=steps), OMP_NUM_THREADS="1")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"skipped {newest.name}: model.safetensors differs from its hash" in out
+    assert record(broken) == record(whole)
+    assert final_weights(broken) == final_weights(whole)
+    assert len(events(broken, "start")) == 4
+    seconds = [line["seconds"] for line in events(broken)]
+    assert seconds == sorted(seconds), "time adds up over restarts"
+
+
+def wait_for_save(out: Path, process: "subprocess.Popen[str]", at_least: int) -> None:
+    """Until a checkpoint of step `at_least` or later is complete."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if any(int(path.name[5:]) >= at_least for path in (out / "checkpoints").glob("step_*")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {at_least}: {process.communicate()}")
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_step_boundary(number: int, code: int, corpus: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = ["--train.save_every", "null", "--train.eval_every", "null"]
+    train(corpus, whole, *arguments, steps=300)
+    process = spawn(flags(corpus, broken, *arguments, steps=300), OMP_NUM_THREADS="1")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "saved at step" in out
+    assert train(corpus, broken, *arguments, steps=300) == 0
+    final = [[line for line in record(run) if line["event"] != "save"] for run in (broken, whole)]
+    assert final[0] == final[1]
+    assert final_weights(broken) == final_weights(whole)
+
+
+def test_the_second_signal_leaves_at_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both signals arrive within one update: the process must not wait for its end."""
+    left: list[int] = []
+
+    def leave(code: int) -> None:
+        left.append(code)
+        raise Crash
+
+    def update(self: Trainer, batch: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(Crash):
+        train(corpus, tmp_path / "run")
+    assert left == [143]
+
+
+def test_handlers_are_put_back(corpus: Path, tmp_path: Path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(corpus, tmp_path / "run")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_finished_run_says_so_in_one_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train(corpus, tmp_path / "run")
+    before = record(tmp_path / "run")
+    capsys.readouterr()
+    assert train(corpus, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "finished at step 6" in out
+    assert out.count("\n") <= 2
+    assert record(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--optim.lr", "0.5"],
+        ["--model.n_layer", "2"],
+        ["--seed", "9"],
+        ["--data.seq_len", "8"],
+        ["--train.batch_size", "4"],
+        ["--train.steps", "99"],
+    ],
+    ids=lambda change: change[0],
+)
+def test_another_configuration_is_refused(change: list[str], corpus: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train(corpus, out)
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError) as error:
+        main(flags(corpus, out, *change))
+    old = str({"--optim.lr": 0.03, "--seed": 1234, "--train.steps": 6}.get(change[0], ""))
+    assert change[0] in str(error.value)
+    assert change[1] in str(error.value)
+    assert old in str(error.value)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_data_is_refused(tmp_path: Path):
+    corpus, out = write_corpus(tmp_path / "corpus.txt"), tmp_path / "run"
+    train_until(5, corpus, out, *EVERY)
+    corpus.write_text(corpus.read_text().replace("cat", "cow"))
+    with pytest.raises(InputError, match="changed since"):
+        train(corpus, out, *EVERY, steps=STEPS)
+
+
+def test_never_is_refused_where_a_run_is(corpus: Path, tmp_path: Path):
+    train(corpus, tmp_path / "run")
+    with pytest.raises(InputError, match="holds a run"):
+        train(corpus, tmp_path / "run", "--resume", "never")
+    assert train(corpus, tmp_path / "new", "--resume", "never") == 0
+
+
+def test_a_path_may_differ_and_branch(corpus: Path, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(corpus, first)
+    code = train(corpus, second, "--resume", str(first), "--optim.lr", "0.001", "--train.steps", "9")
+    assert code == 0
+    assert [line["step"] for line in events(second, "train")] == [7, 8, 9]
+    assert events(second, "end")
+    with pytest.raises(InputError, match="n_embd"):
+        train(corpus, tmp_path / "third", "--resume", str(first), "--model.n_embd", "32")
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_run_without_a_checkpoint_starts_again(corpus: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(corpus, whole, *EVERY, steps=STEPS)
+    train_until(1, corpus, broken, *EVERY)
+    train(corpus, broken, *EVERY, steps=STEPS)
+    assert record(broken) == record(whole)
+
+
+def test_what_a_killed_save_left_is_removed(corpus: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train_until(5, corpus, out, *EVERY)
+    shutil.copytree(out / "checkpoints/step_00000004", out / "checkpoints/.tmp-step_00000006-1")
+    (out / "metrics.jsonl").open("a").write('{"event": "train", "st')
+    train(corpus, out, *EVERY, steps=STEPS)
+    assert not list((out / "checkpoints").glob(".tmp*"))
+    assert [line["step"] for line in events(out, "train")] == list(range(1, STEPS + 1))
+
+
+def test_nothing_auto_is_left_in_the_stored_configuration(corpus: Path, tmp_path: Path):
+    train(corpus, tmp_path / "run")
+    stored = load_config(tmp_path / "run/config.yaml")
+    assert stored.device == "cpu"
+    assert stored.train.precision == "fp32"
+    assert stored.train.compile is False
+    assert (stored.model.kernels, stored.model.attention) == ("torch", "sdpa")
+    assert (stored.model.n_kv_head, stored.model.max_seq_len) == (2, 16)
+    assert (stored.model.tie_embeddings, stored.model.logit_softcap) == (False, 15.0)
+    assert stored.train.micro_batch_size == 8

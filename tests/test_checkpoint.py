@@ -131,11 +131,9 @@ def test_two_equal_runs_write_equal_bytes(tmp_path: Path):
 def test_loaded_tensors_have_memory_of_their_own(tmp_path: Path):
     path = write(tmp_path, 1)
     loaded = load(path)
-    loaded.model["w"].add_(1)
-    assert verify(path) is None
     with open(path / "model.safetensors", "r+b") as file:
         file.write(b"\0" * os.path.getsize(file.name))  # a view of the mapped file would now hold zeros
-    assert torch.equal(loaded.model["w"], torch.full((3, 2), 2.0))
+    assert torch.equal(loaded.model["w"], torch.full((3, 2), 1.0))
 
 
 def test_tied_tensors_are_stored_once_and_come_back_tied(tmp_path: Path):

@@ -84,6 +84,7 @@ BAD_FLAGS = [
     (["--optim.lrr", "5"], "--optim.lrr", "5", "did you mean --optim.lr?"),
     (["--model.heads", "5"], "--model.heads", "5", "did you mean --model.n_head?"),
     (["--train.n_head", "5"], "--train.n_head", "5", "did you mean --model.n_head?"),
+    (["--betass", "5"], "--betass", "5", "did you mean --optim.betas?"),
     (["--zzzzzz", "5"], "--zzzzzz", "5", "see --help"),
     (["--zzzzzz"], "--zzzzzz", "no value", "see --help"),
     (["--print-config"], "--print-config", "no value", "did you mean --print_config?"),
@@ -348,6 +349,15 @@ def test_a_dumped_configuration_has_absolute_paths_and_no_place_of_its_own(tmp_p
     assert yaml.safe_load(dump_config(parse_config(CPU)))["data"]["tokenizer"] == "bpe"
 
 
+def test_a_dumped_configuration_stands_in_order_of_definition():
+    cfg = parse_config(CPU)
+    dumped = yaml.safe_load(dump_config(cfg, omit=()))
+    keys = [
+        f"{k}.{i}" if isinstance(v, dict) else k for k, v in dumped.items() for i in (v if isinstance(v, dict) else [k])
+    ]
+    assert keys == list(flatten(cfg))
+
+
 def test_home_directories_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert parse_config([*CPU, "--data.path", "~/text"]).data.path == "/home/someone/text"
@@ -432,6 +442,7 @@ def test_the_default_preset_is_sized_by_device(monkeypatch, device: str, file: s
     assert (cfg.preset, cfg.device) == ("default", "auto")
     assert (cfg.model.n_layer, cfg.model.n_embd) == (expected["model"]["n_layer"], expected["model"]["n_embd"])
     assert parse_config(["--device", device]).model == cfg.model
+    assert parse_config(["--preset", "gpt2"]).model.n_layer == 12  # only `default` comes in sizes
     explicit = parse_config(["--device", "cpu"])
     assert (explicit.model == cfg.model) == (file == "default")
 

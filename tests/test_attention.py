@@ -325,3 +325,16 @@ def test_gradcheck_of_the_explicit_form() -> None:
         )
 
     assert torch.autograd.gradcheck(outputs, leaves)
+
+
+def test_packed_documents_take_pytorchs_operator_only_if_it_knows_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    from fastlm_kernels.attention import _torch_varlen
+
+    off = {"scale": None, "window_size": (-1, -1), "enable_gqa": False, "seqused_k": None}
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *, scale=None, window_size=(-1, -1): (scale, window_size))
+    plain = _torch_varlen({**off, "window_size": (-1, 0)})
+    assert plain is not None
+    assert plain("query") == (None, (-1, 0))
+    assert _torch_varlen({**off, "enable_gqa": True}) is None

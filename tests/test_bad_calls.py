@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,12 @@ EQUALS: dict[str, Callable[..., Any]] = {
         "tanh",
     )
 }
-EQUALS |= {"varlen_attn": torch_varlen_attn, "relu_squared": _relu_squared, "swiglu": _swiglu, "geglu": _geglu}
+EQUALS |= {"relu_squared": _relu_squared, "swiglu": _swiglu, "geglu": _geglu}
+# Younger than torch 2.11: there our own definitions stand alone.
 if hasattr(F, "linear_cross_entropy"):
     EQUALS["linear_cross_entropy"] = F.linear_cross_entropy
+if "enable_gqa" in inspect.signature(torch_varlen_attn).parameters:
+    EQUALS["varlen_attn"] = torch_varlen_attn
 
 NORMS: dict[str, Call] = {
     "no arguments": lambda f: f(),

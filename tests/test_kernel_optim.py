@@ -385,6 +385,21 @@ def test_saving_and_loading_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     _assert_same(again.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copied_muon_with_adamw_goes_on_alone(way: Any) -> None:
+    groups, params, split = _model_groups()
+    optimizer = fk.optim.MuonWithAdamW(groups, split=split, max_grad_norm=1.0)
+    _steps(optimizer, params, range(2))
+    copied = way(optimizer)
+    copied_params = [p for group in copied.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    _steps(copied, copied_params, range(2, 4))
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    _steps(optimizer, params, range(2, 4))
+    for p, q in zip(params, copied_params, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_loaded_state_is_a_copy() -> None:
     groups, params, split = _model_groups()
     optimizer = fk.optim.MuonWithAdamW(groups, split=split)

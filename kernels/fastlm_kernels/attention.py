@@ -17,8 +17,10 @@ L x S scores a head.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -361,49 +363,31 @@ def varlen_attn(
 
     Half precision on a GPU takes PyTorch's operator, everything else one call per document.
     """
-    ours = softcap is not None or return_lse
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not ours:
-        return _torch_varlen(
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            max_q,
-            max_k,
-            return_aux=return_aux,
-            scale=scale,
-            window_size=window_size,
-            enable_gqa=enable_gqa,
-            seqused_k=seqused_k,
-            block_table=block_table,
-            num_splits=num_splits,
-        )
+    options = {
+        "return_aux": return_aux,
+        "scale": scale,
+        "window_size": window_size,
+        "enable_gqa": enable_gqa,
+        "seqused_k": seqused_k,
+        "block_table": block_table,
+        "num_splits": num_splits,
+    }
+    packed = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and not return_lse:
+        torchs = _torch_varlen(options)
+        if torchs is not None:
+            return torchs(*packed)
     return varlen_attn_reference(
-        query,
-        key,
-        value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        return_aux=return_aux,
-        scale=scale,
-        window_size=window_size,
-        enable_gqa=enable_gqa,
-        seqused_k=seqused_k,
-        block_table=block_table,
-        num_splits=num_splits,
-        softcap=softcap,
-        return_lse=return_lse,
-        deterministic=deterministic,
+        *packed, **options, softcap=softcap, return_lse=return_lse, deterministic=deterministic
     )
 
 
-def _torch_varlen(*args: Any, **options: Any) -> Any:
-    """PyTorch's varlen_attn, told only of the options in use: older versions do not know them all."""
+def _torch_varlen(options: dict[str, Any]) -> Callable[..., Any] | None:
+    """PyTorch's varlen_attn with the options in use; None where this version of it does not know one of them."""
     from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
 
-    defaults = {"scale": None, "window_size": _UNLIMITED, "enable_gqa": False}
-    given = {name: value for name, value in options.items() if value is not None and value != defaults.get(name)}
-    return torch_varlen_attn(*args, **given)
+    off = {"window_size": _UNLIMITED, "enable_gqa": False}
+    given = {name: value for name, value in options.items() if value is not None and value != off.get(name)}
+    if given.keys() - inspect.signature(torch_varlen_attn).parameters.keys():
+        return None
+    return partial(torch_varlen_attn, **given)

@@ -246,6 +246,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if skip is not None:
                 torch._foreach_sub_(steps, [skip] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps defaults, state and groups alone when an optimizer is copied or pickled.
+        ours = ("options", "grad_norm", "skipped_steps", "_adamw_lr", "_blocks")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, or fill it with 0."""
         _zero_grad(self, set_to_none)

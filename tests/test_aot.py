@@ -100,11 +100,13 @@ def test_committed_report_is_fresh_and_clean() -> None:
             assert {r["aligned"] for r in mine} == {"True", "False"}
 
 
-def test_recording_makes_no_launch_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_makes_no_launch_and_ends() -> None:
     """Inside, launches are only noted; afterwards everything is as before, after an error too."""
-    with pytest.raises(KeyError), _runtime.recording("sm_80") as launches:
+    with _runtime.recording("sm_80") as launches:
         assert _runtime.architecture(torch.device("cpu")) == "sm_80"
-        raise KeyError
+        assert _runtime.choose(torch.ones(2))
     assert launches == []
+    with pytest.raises(KeyError), _runtime.recording("sm_80"):
+        raise KeyError
     assert _runtime.architecture(torch.device("cpu")) == "generic"
     assert not _runtime.choose(torch.ones(2))

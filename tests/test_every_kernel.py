@@ -37,7 +37,8 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"generic": (configs.RowConfig(2, 4, 4),)}
     monkeypatch.setattr(configs, "NORM_FORWARD", table)
     monkeypatch.setattr(configs, "NORM_BACKWARD", table)
-    monkeypatch.setattr(configs, "NORM_WEIGHT_GRADIENT", configs.RowConfig(2, 4, 4))
+    for name in ("NORM_WEIGHT_GRADIENT", "SUM_PARTIALS"):
+        monkeypatch.setattr(configs, name, configs.RowConfig(2, 4, 4))
 
 
 def make(
@@ -78,7 +79,8 @@ def test_as_accurate_as_pytorch(kernel: Kernel, case: Case, dtype: torch.dtype, 
 def test_long_rows_walked_in_blocks(kernel: Kernel, dtype: torch.dtype, kernel_device: str) -> None:
     """Many blocks a row, the last one partial."""
     for columns in (3, 4, 5, 23):
-        assert_accurate(kernel, *make(kernel, kernel_device, dtype, {"rows": 9, "columns": columns}))
+        case = {"rows": 9, "columns": columns, "eps": 0.1}
+        assert_accurate(kernel, *make(kernel, kernel_device, dtype, case))
 
 
 @every_kernel
@@ -422,7 +424,8 @@ def test_negated_views_and_other_dtypes_take_pytorchs_path(kernel: Kernel, kerne
 def test_negated_upstream_gradient(kernel: Kernel, kernel_device: str) -> None:
     """An upstream gradient may be a lazily negated view."""
     arguments, upstream = make(kernel, kernel_device)
-    negated = tuple(torch.complex(u, u).conj().imag for u in upstream)
+    negated = tuple(torch._neg_view(u) for u in upstream)
+    assert all(u.is_neg() and u.is_contiguous() for u in negated)
     ours = results(kernel.fused, arguments, negated)
     assert bits(ours) == bits(results(kernel.fused, arguments, tuple(-u for u in upstream)))
 

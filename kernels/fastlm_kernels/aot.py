@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from . import _runtime, configs
-from .check import results, upstream_gradients
 from .registry import KERNELS, Case
 
 REPORT = Path(__file__).with_name("aot_report.csv")
@@ -103,9 +102,11 @@ def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str)
     """The launches of one registry kernel's forward and backward on `architecture`, made on no device."""
     kernel = KERNELS[kernel_index]
     arguments = kernel.inputs(dtype, "meta", 0, **case)
-    upstream = upstream_gradients(kernel.reference, arguments, 1)
     with _runtime.recording(architecture) as launches:
-        results(kernel.fused, arguments, upstream)
+        outputs = kernel.fused(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [a for a in arguments if isinstance(a, Tensor)]
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
     return launches
 
 
@@ -118,7 +119,7 @@ def _target(architecture: str) -> Any:
 
 
 def specialise(launch: _runtime.Launch, architecture: str, aligned: bool) -> tuple[Any, Any]:
-    """(source, options) of the binary for this launch: types, constants and alignment as Triton's launcher sees them."""
+    """(source, options) of this launch's binary: types, constants and alignment as Triton's launcher sees them."""
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 

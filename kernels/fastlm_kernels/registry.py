@@ -62,7 +62,9 @@ def random_tensor(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Tensor:
-    """Normal numbers, the same on every device, requiring grad. Never all ones or zero on average by symmetry."""
+    """Normal numbers, the same on every device, requiring grad; on "meta" the shape alone."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
     return values.to(device=device, dtype=dtype).requires_grad_()
 

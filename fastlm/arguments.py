@@ -99,13 +99,11 @@ def read_flags(
     switches, known = list(switches), [*fields, *options]
     found: dict[str, str] = {}
     last = ""  # the flag before the word at hand, for the error about a stray word
-    words = list(argv)
+    words = ["--help" if word == "-h" else word for word in argv]
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
-        if word == "-h":
-            found["help"] = ""
-        elif re.match(r"-[A-Za-z]", word):
+        if re.match(r"-[A-Za-z]", word):
             raise InputError(word, "no value", "no such option; options start with --, see --help")
         elif not word.startswith("--"):
             if positional is None or positional in found:

@@ -12,7 +12,6 @@ an OSError when the disk is full. Reading is the library's.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -96,20 +95,14 @@ def save(
     try:
         remove_partial(run_dir)
         temporary.mkdir(parents=True)
-        tensors, tied = split_tied(model)
-        scalars = {key: value for key, value in optimizer.items() if not isinstance(value, Tensor)}
-        moments = {key: value for key, value in optimizer.items() if isinstance(value, Tensor)}
-        files = {
-            MODEL: _write(temporary / MODEL, lambda f: write_tensors(f, tensors, {"tied": tied})),
-            OPTIMIZER: _write(temporary / OPTIMIZER, lambda f: write_tensors(f, moments, {"scalars": scalars})),
+        files = _write_tensor_files(temporary, model, optimizer) | {
             STATE: _write(temporary / STATE, lambda f: f.write(json_bytes({**state, "step": step}))),
             CONFIG: _write(temporary / CONFIG, lambda f: f.write(config.encode())),
         }
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER)
             files[TOKENIZER] = _flush_and_hash(temporary / TOKENIZER)
-        manifest = {"files": files, "format": FORMAT}
-        _write(temporary / MANIFEST, lambda f: f.write(json_bytes(manifest)))
+        _write(temporary / MANIFEST, lambda f: f.write(json_bytes({"files": files, "format": FORMAT})))
         _flush_directory(temporary)
         if final.exists():
             final.rename(final.parent / f".tmp-old-{final.name}-{os.getpid()}")
@@ -118,9 +111,21 @@ def save(
     except OSError as error:
         raise SaveFailed(f"checkpoint of step {step} not written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         remove_partial(run_dir)
     return final
+
+
+def _write_tensor_files(
+    folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor | Scalar]
+) -> dict[str, Json]:
+    """Both safetensors files, with their entries in the manifest."""
+    tensors, tied = split_tied(model)
+    scalars = {key: value for key, value in optimizer.items() if not isinstance(value, Tensor)}
+    moments = {key: value for key, value in optimizer.items() if isinstance(value, Tensor)}
+    return {
+        MODEL: _write(folder / MODEL, lambda f: write_tensors(f, tensors, {"tied": tied})),
+        OPTIMIZER: _write(folder / OPTIMIZER, lambda f: write_tensors(f, moments, {"scalars": scalars})),
+    }
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -396,7 +401,7 @@ def check_free_space(path: Path, needed_bytes: int) -> None:
         raise InputError("--out", path, f"{needs}; free some, or name another disk")
 
 
-# Optimizer and generator state
+# Optimizer state
 
 
 def optimizer_tensors(
@@ -460,21 +465,3 @@ def _restored(value: Tensor | Scalar, present: object, device: torch.device) -> 
         with torch.no_grad():
             return present.copy_(value)
     return value.detach().to(device, copy=True)
-
-
-def rng_state() -> dict[str, str]:
-    """The state of torch's generators (the CPU's, the current CUDA device's) as text for state.json."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
-
-
-def set_rng_state(states: Mapping[str, str]) -> None:
-    """Put back what `rng_state` gave; a CUDA state is left out where there is no CUDA."""
-    for device, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)

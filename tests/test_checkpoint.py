@@ -31,9 +31,7 @@ from fastlm.checkpoint import (
     remove_after,
     remove_partial,
     restore_optimizer,
-    rng_state,
     save,
-    set_rng_state,
     verify,
 )
 from fastlm.errors import InputError
@@ -427,7 +425,7 @@ def test_another_history_s_checkpoints_go(tmp_path: Path):
     assert remove_after(tmp_path, 1) == []
 
 
-# Optimizer and generator state
+# Optimizer state
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -554,13 +552,3 @@ def test_a_parameter_without_a_name_and_state_without_a_form_are_refused():
     optimizer.state[next(model.parameters())]["history"] = [torch.zeros(1)]
     with pytest.raises(ValueError, match=r"0\.weight/history: got list"):
         optimizer_tensors(optimizer, model.named_parameters())
-
-
-def test_the_generator_goes_on_where_it_was(tmp_path: Path):
-    torch.manual_seed(5)
-    torch.rand(3)
-    path = write(tmp_path, 1, rng=rng_state())
-    expected = torch.randn(100)
-    assert not torch.equal(expected, torch.randn(100))
-    set_rng_state(load(path).state["rng"])  # type: ignore[arg-type]
-    assert torch.equal(expected, torch.randn(100))

@@ -374,6 +374,7 @@ def test_print_config_prints_what_can_be_fed_back(run, tmp_path: Path):
 
 def test_help_names_every_setting_with_default_and_meaning(run):
     outcome = run("--help")
+    assert run("-h") == outcome
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert len(lines) < 75

@@ -105,7 +105,7 @@ def read_flags(
         name, equals, text = word.removeprefix("--").partition("=")
         if re.match(r"-[A-Za-z]", word):
             raise InputError(word, "no value", "no such option; options start with --, see --help")
-        elif not word.startswith("--"):
+        if not word.startswith("--"):
             if positional is None or positional in found:
                 raise _stray_word(word, last, fields)
             found[positional] = word

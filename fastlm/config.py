@@ -41,7 +41,7 @@ class DataConfig:
     val_path: str | None = None  # None = split off `path`
     val_fraction: float = 0.1  # share of the text kept for validation
     tokenizer: str = "bpe"  # bpe, byte, char, gpt2, or a path to a tokenizer.json / its directory
-    vocab_size: int | None = None  # of a BPE to be trained (null: 4096), or of shards without a tokenizer
+    vocab_size: int | None = None  # of a BPE to be trained (null: by the text's size), or of shards without a tokenizer
     seq_len: int = 256  # tokens per training window
     text_key: str = "text"  # the field of a JSONL row that holds the text
     bin_format: Literal["header", "uint16"] = "header"  # layout of .bin shards

@@ -48,7 +48,8 @@ from fastlm.tokenizer import (
 T = TypeVar("T", str, int)
 Notify = Callable[[str], None]
 
-DEFAULT_BPE_VOCAB = 4096
+# A BPE's size where nobody chose one: (text of fewer bytes than this, entries). Rare entries learn nothing.
+BPE_VOCAB_BY_BYTES = ((64 << 20, 2048), (1 << 30, 8192), (float("inf"), 32768))
 BPE_TRAINING_CHARS = 1_000_000_000
 # Text in flight while encoding, a piece for each core: the library's own objects take some 100 times as much.
 BATCH_CHARS = max(4, os.cpu_count() or 1) << 20
@@ -72,7 +73,9 @@ class TextCorpus:
     @classmethod
     def from_config(cls, cfg: DataConfig, train: TextSource, val: TextSource | None) -> TextCorpus:
         """The corpus that the data section asks for."""
-        return cls(train, val, cfg.val_fraction, cfg.tokenizer, cfg.vocab_size or DEFAULT_BPE_VOCAB)
+        size = sum(path.stat().st_size for path in train.files)
+        suited = next(entries for limit, entries in BPE_VOCAB_BY_BYTES if size < limit)
+        return cls(train, val, cfg.val_fraction, cfg.tokenizer, cfg.vocab_size or suited)
 
     def key(self) -> str:
         """32 hex digits that name everything the shards depend on."""

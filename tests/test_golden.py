@@ -1,0 +1,24 @@
+"""Loss curves of tiny runs, to be reproduced by every change that claims the same mathematics.
+
+The figures are this project's own, from torch 2.13 on a CPU. Rounding differs between machines and versions; what
+a change of the mathematics moves is far larger than the tolerance.
+"""
+
+from pathlib import Path
+
+import pytest
+from tiny import events, train, write_corpus
+
+GOLDEN = {
+    "modern": ([], []),
+    "gpt2": (["--model.family", "gpt2", "--optim.name", "adamw", "--optim.lr", "0.01", "--optim.schedule", "cosine"], []),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_loss_curve(name: str, tmp_path: Path):
+    arguments, expected = GOLDEN[name]
+    train(write_corpus(tmp_path / "corpus.txt"), tmp_path / "run", *arguments, "--train.log_every", "5", steps=30)
+    losses = [line["loss"] for line in events(tmp_path / "run", "train")]
+    losses.append(events(tmp_path / "run", "eval")[-1]["val_loss"])
+    assert losses == pytest.approx(expected, rel=2e-4)

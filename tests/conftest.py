@@ -2,7 +2,8 @@
 
 `needs_kernels`   runs the Triton kernels themselves: on a GPU, or in the interpreter under TRITON_INTERPRET=1.
                   On a CPU without it they are deselected here, and test_interpreter.py runs them in a subprocess.
-`needs_compiler`  compiles kernels: deselected where Triton is missing or interprets.
+`needs_compiler`  compiles kernels: deselected where Triton is missing or interprets. `needs_interpreter` starts the
+interpreter in a subprocess: deselected there too. `needs_triton` is deselected where Triton is missing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_kernels: runs Triton kernels (GPU, or TRITON_INTERPRET=1)")
     config.addinivalue_line("markers", "needs_compiler: compiles Triton kernels")
     config.addinivalue_line("markers", "needs_interpreter: starts Triton's interpreter in a subprocess")
+    config.addinivalue_line("markers", "needs_triton: needs Triton to be installed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "needs_kernels": CAN_RUN_KERNELS,
         "needs_compiler": CAN_COMPILE,
         "needs_interpreter": CAN_INTERPRET,
+        "needs_triton": _runtime.HAS_TRITON,
     }
     missing = [name for name, possible in can.items() if not possible]
     dropped = [item for item in items if any(item.get_closest_marker(name) for name in missing)]

@@ -19,7 +19,7 @@ from fastlm_kernels import _runtime
 from fastlm_kernels.registry import KERNELS, Kernel
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-pytestmark = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="the GPU path needs Triton")
+pytestmark = pytest.mark.needs_triton
 
 
 def fake_inputs(kernel: Kernel, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -62,21 +62,31 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float) ->
     return x if weight is None else x * (weight.to(x.dtype) + weight_offset)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, interleaved: bool) -> Tensor:
-    """Rotate the first `rotated` channels of x; cos and sin are `rotated` or half as wide, and broadcast."""
-    rest = x[..., rotated:]
+def _full_tables(cos: Tensor, sin: Tensor, rotated: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """A cos and a signed sin for each of the R channels, from tables of width R or R/2."""
     half = rotated // 2
-    if interleaved:
-        a, b = x[..., 0:rotated:2], x[..., 1:rotated:2]
-        first, second = (slice(0, None, 2), slice(1, None, 2)) if cos.shape[-1] == rotated else (slice(None),) * 2
+    if cos.shape[-1] == half:
+        first, second, cos_first, cos_second = sin, sin, cos, cos
+    elif interleaved:
+        first, second, cos_first, cos_second = sin[..., 0::2], sin[..., 1::2], cos[..., 0::2], cos[..., 1::2]
     else:
-        a, b = x[..., :half], x[..., half:rotated]
-        first, second = (slice(0, half), slice(half, None)) if cos.shape[-1] == rotated else (slice(None),) * 2
-    a_new = a * cos[..., first] - b * sin[..., first]
-    b_new = b * cos[..., second] + a * sin[..., second]
+        first, second, cos_first, cos_second = *sin.split(half, -1), *cos.split(half, -1)
     if interleaved:
-        return torch.cat((torch.stack((a_new, b_new), -1).flatten(-2), rest), -1)
-    return torch.cat((a_new, b_new, rest), -1)
+        return torch.stack((cos_first, cos_second), -1).flatten(-2), torch.stack((-first, second), -1).flatten(-2)
+    return torch.cat((cos_first, cos_second), -1), torch.cat((-first, second), -1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first R channels of x by tables of `_full_tables`: x_i cos_i + partner(x)_i (+-sin_i)."""
+    rotated = cos.shape[-1]
+    turned = x[..., :rotated]
+    # As a roll rather than as slices put together: a third of the time on a CPU, most of it in backward.
+    if interleaved:
+        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partner = turned.roll(rotated // 2, -1)
+    turned = torch.addcmul(turned * cos, partner, sin)
+    return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), -1)
 
 
 def rotary_embedding_reference(
@@ -104,12 +114,13 @@ def rotary_embedding_reference(
     wide = torch.promote_types(q.dtype, torch.float32)
     # (T, R) -> (T, 1, R) or (1, T, R); with a batch in front the same axis counted from the end.
     cos, sin = (table.to(wide).unsqueeze(-2 if heads_axis == 2 else -3) for table in (cos, sin))
+    cos, sin = _full_tables(cos, sin, rotated, interleaved)
     result = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         y = x.to(wide)
         if qk_norm_eps is not None:
             y = _norm(y, weight, qk_norm_eps, weight_offset)
-        result.append(_rotate(y, cos, sin, rotated, interleaved).to(x.dtype))
+        result.append(_rotate(y, cos, sin, interleaved).to(x.dtype))
     return result[0], result[1]
 
 

@@ -104,15 +104,21 @@ class Trainer:
         state, cfg = self.state, self.cfg
         saved = {"tokens": state.tokens, "seconds": state.seconds} if state.step else None
         self.metrics = MetricsLog(self.out, state.step, saved=saved)
-        loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples)
+        pin_memory = self.device.type == "cuda"
+        loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples, pin_memory)
         with self.metrics, loader, self._signals(), self._kernels():
             self._begin()
             return self._loop(loader)
 
     def _loop(self, loader: BatchLoader) -> int:
-        train = self.cfg.train
+        train, first = self.cfg.train, True
         for batch in loader:
             update = self._update(batch)
+            if first and train.compile:
+                float(update.loss)  # waits for the device
+                seconds = self.meter.restart()
+                self.progress.note(f"compile: the first update took {seconds:.1f} s, most of it compilation")
+            first = False
             last = self._is_last()
             self._log(update, last)
             if self._due(train.eval_every, last):
@@ -313,21 +319,24 @@ class Meter:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = peak_flops(name)
         self.device = device
-        self.restart()
-
-    def restart(self) -> None:
         self.tokens, self.since = 0, time.monotonic()
+
+    def restart(self) -> float:
+        """Begin to count -> seconds since the last beginning."""
+        now = time.monotonic()
+        seconds, self.tokens, self.since = now - self.since, 0, now
+        return seconds
 
     def count(self, tokens: int) -> None:
         self.tokens += tokens
 
-    def read(self) -> tuple[float, float | None]:
-        """-> (tokens per second, MFU or None where the peak is unknown) since the last reading."""
+    def read(self) -> tuple[float | None, float | None]:
+        """-> (tokens per second, MFU) since the last reading; None where no token or no peak is known."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        speed = self.tokens / max(time.monotonic() - self.since, 1e-9)
-        self.restart()
-        return speed, None if self.peak is None else speed * self.flops_per_token / self.peak
+        tokens = self.tokens
+        speed = tokens / max(self.restart(), 1e-9) if tokens else None
+        return speed, None if self.peak is None or speed is None else speed * self.flops_per_token / self.peak
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,12 +8,17 @@ interpreter in a subprocess: deselected there too. `needs_triton` is deselected 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-import pytest
-import torch
+# Tests are many small operators, often several processes at once, where a second thread a process only waits for the
+# others: on two busy cores the suite took ten times as long. Set before torch is imported; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fastlm_kernels import _runtime
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from fastlm_kernels import _runtime  # noqa: E402
 
 CAN_RUN_KERNELS = _runtime.INTERPRETED or (_runtime.HAS_TRITON and torch.cuda.is_available())
 CAN_COMPILE = _runtime.HAS_TRITON and not _runtime.INTERPRETED

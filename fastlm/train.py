@@ -221,6 +221,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.metrics.sync()
+        when = self._when()  # of the state saved, so that time adds up over a restart
         with self.meter.paused():
             try:
                 checkpoint.save(
@@ -236,7 +237,7 @@ class Trainer:
                 warn(f"{failure}; training goes on, the last good checkpoint is kept")
                 return
             checkpoint.prune(self.out, self.cfg.train.keep, self.cfg.train.keep_best)
-        self.metrics.write("save", **self._when())
+        self.metrics.write("save", **when)
 
     def _end(self) -> int:
         self.metrics.write("end", **self._when())

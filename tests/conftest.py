@@ -15,10 +15,10 @@ from collections.abc import Iterator
 # others: on two busy cores the suite took ten times as long. Set before torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from fastlm_kernels import _runtime  # noqa: E402
+from fastlm_kernels import _runtime
 
 CAN_RUN_KERNELS = _runtime.INTERPRETED or (_runtime.HAS_TRITON and torch.cuda.is_available())
 CAN_COMPILE = _runtime.HAS_TRITON and not _runtime.INTERPRETED

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastlm
 import pytest
 from tiny import flags, write_corpus
+
+import fastlm
 
 MODULES = sorted(path.stem for path in Path(fastlm.__file__).parent.glob("*.py") if path.stem != "__init__")
 OPTIONAL = ("jsonargparse", "rich", "tokenizers", "tensorboard", "matplotlib", "safetensors", "yaml", "triton")

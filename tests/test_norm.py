@@ -123,7 +123,7 @@ def test_bad_weight_offset(offset: float, weight: bool, message: str) -> None:
         fk.rms_norm(rows(0, 2, 8), (8,), rows(1, 8) if weight else None, weight_offset=offset)
 
 
-@pytest.mark.parametrize("columns", [64, 16500])
+@pytest.mark.parametrize("columns", [64, 8300])
 def test_a_large_mean_does_not_cancel(columns: int) -> None:
     """Rows at 1e4 with a spread of 1, in registers and in blocks: E[x^2] - mean^2 would have no digit left."""
     x = (rows(0, 3, columns) + 1e4).requires_grad_()

@@ -36,9 +36,10 @@ def train_until(step: int, corpus: Path, out: Path, *more: str) -> None:
             raise Crash
         return original(self, batch)  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_update", update)
-        train(corpus, out, *more, steps=STEPS)
+        with pytest.raises(Crash):
+            train(corpus, out, *more, steps=STEPS)
 
 
 VARIANTS = {
@@ -213,8 +214,8 @@ def test_a_path_may_differ_and_branch(corpus: Path, tmp_path: Path):
     assert code == 0
     assert [line["step"] for line in events(second, "train")] == [7, 8, 9]
     assert events(second, "end")
-    with pytest.raises(InputError, match="n_embd"):
-        train(corpus, tmp_path / "third", "--resume", str(first), "--model.n_embd", "32")
+    with pytest.raises(InputError, match="embed.weight"):
+        train(corpus, tmp_path / "third", "--resume", str(first), "--model.n_embd", "32", steps=9)
     assert not (tmp_path / "third").exists()
 
 
@@ -230,7 +231,8 @@ def test_what_a_killed_save_left_is_removed(corpus: Path, tmp_path: Path):
     out = tmp_path / "run"
     train_until(5, corpus, out, *EVERY)
     shutil.copytree(out / "checkpoints/step_00000004", out / "checkpoints/.tmp-step_00000006-1")
-    (out / "metrics.jsonl").open("a").write('{"event": "train", "st')
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
     train(corpus, out, *EVERY, steps=STEPS)
     assert not list((out / "checkpoints").glob(".tmp*"))
     assert [line["step"] for line in events(out, "train")] == list(range(1, STEPS + 1))

@@ -1,0 +1,146 @@
+"""The README is true: its commands run, its tables list what there is, its figures are those on record."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlm_kernels as fk
+from fastlm.config import parse_config, presets
+from fastlm.errors import InputError
+from fastlm.flops import training_flops
+from fastlm.resolve import resolve_model
+from fastlm_kernels.registry import KERNELS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def table(first_column: str) -> list[list[str]]:
+    """The rows, cell by cell, of the table whose header begins with `first_column`."""
+    lines = README.split(f"| {first_column} |", 1)[1].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_two_commands_do_all_the_set_up():
+    installs = [command for command in COMMANDS if command.startswith("pip install")]
+    assert installs == ["pip install -e . && python -m fastlm.train", "pip install -e '.[test]' && pytest"]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What the first command leaves behind once the package is installed: (run directory, what it printed)."""
+    folder = tmp_path_factory.mktemp("first_command")
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")
+    }
+    environment["XDG_CACHE_HOME"] = str(folder / "cache")
+    command = COMMANDS[0].split("&& ")[1].replace("python", shlex.quote(sys.executable), 1)
+    done = subprocess.run(
+        [*shlex.split(command), "--device", "cpu"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs").iterdir()
+    return run, done.stdout
+
+
+def test_the_first_command_trains_a_model_worth_having(default_run: tuple[Path, str]):
+    run, out = default_run
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    final = next(line for line in lines if line.get("full"))
+    assert final["bits_per_byte"] < 2.3
+    sample = [line for line in lines if line["event"] == "sample"][-1]
+    assert sample["tokenizes"] >= 0.5
+    assert f"{final['bits_per_byte']:.4f} bits per byte (whole validation split)" in out
+    assert f"{sample['tokenizes']:.0%} of its lines tokenize" in out
+    assert lines[-1]["event"] == "end"
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("config.yaml", "samples.md"):
+        assert (run / name).stat().st_size > 0
+    newest = max((run / "checkpoints").iterdir())
+    files = {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "config.yaml",
+        "tokenizer.json",
+        "MANIFEST.json",
+    }
+    assert {path.name for path in newest.iterdir()} == files
+
+
+@pytest.mark.parametrize("module", ["generate", "evaluate"])
+def test_its_model_can_be_used(module: str, default_run: tuple[Path, str]):
+    command = next(command for command in COMMANDS if f"fastlm.{module}" in command)
+    words = shlex.split(command.replace("runs/notes", str(default_run[0])))
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if module == "generate":
+        assert done.stdout.startswith("Once")
+    else:
+        assert set(json.loads(done.stdout)) >= {"loss", "perplexity", "bits_per_byte", "accuracy"}
+
+
+def test_the_default_stays_within_its_budget():
+    cfg = parse_config(["--device", "cpu"])
+    resolve_model(cfg)
+    assert training_flops(cfg, 2048, cfg.train.steps) <= 8e12
+
+
+def test_training_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commands = [command for command in COMMANDS if command.startswith("python -m fastlm.train")]
+    assert len(commands) >= 2
+    for command in commands:
+        parse_config([*shlex.split(command)[3:], "--device", "cpu"])
+
+
+def test_the_error_shown_is_the_error_given():
+    shown = re.search(r"^    (error: .*)$", README, re.MULTILINE)
+    assert shown is not None
+    with pytest.raises(InputError) as error:
+        parse_config(["--train.step", "500"])
+    assert f"error: {error.value}" == shown[1]
+
+
+def test_every_preset_is_listed():
+    listed = [name for row in table("preset") for name in names(row[0])]
+    assert sorted(listed) == sorted(name for name in presets() if name != "default-cuda")
+
+
+def test_every_public_function_is_listed_with_its_kernel():
+    with_kernel = [name for row in table("function") if row[1] != "not yet" for name in names(row[0])]
+    assert with_kernel == [kernel.name for kernel in KERNELS]
+    listed = {name for row in table("function") for name in names(row[0])}
+    functions = {name for name in fk.__all__ if callable(getattr(fk, name)) and name.islower()}
+    assert listed - {"optim.*"} == functions - {"backend", "explain", "patch", "unpatch"}
+
+
+def test_the_python_example_runs():
+    x, branch, h = torch.randn(3, 4, 1024).unbind()
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    scope = {"x": x, "branch": branch, "h": h, "weight": torch.randn(1024), "model": model}
+    exec(PYTHON[0], scope)
+    assert torch.equal(scope["h"], branch + h)

@@ -61,7 +61,7 @@ def test_rows_of_one_element_compile(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_a_tile_too_large_is_reported_as_spilling(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """256 elements a thread cannot stay in registers: the report must say so on both vendors' hardware."""
-    monkeypatch.setattr(configs, "NORM_BACKWARD", {"generic": (configs.RowConfig(4, 8192, 4),)})
+    monkeypatch.setattr(configs, "NORM_BACKWARD_BIAS", {"generic": (configs.RowConfig(4, 8192, 4),)})
     launches = aot.record(2, {"rows": 64, "columns": 8192}, torch.float32, architecture)
     backward = next(launch for launch in launches if launch.kernel.__name__ == "norm_backward_kernel")
     row = aot.describe(backward, architecture, True)

@@ -36,7 +36,7 @@ CASES = [
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 columns: short rows take the path of rows too long for registers."""
-    for name in ("NORM_FORWARD", "NORM_BACKWARD"):
+    for name in ("NORM_FORWARD", "NORM_BACKWARD", "NORM_BACKWARD_BIAS"):
         monkeypatch.setattr(configs, name, {"generic": ()})
     for name in ("LONG_ROW", "NORM_WEIGHT_GRADIENT", "SUM_PARTIALS"):
         monkeypatch.setattr(configs, name, configs.RowConfig(2, 4, 4))

@@ -21,47 +21,38 @@ class RowConfig:
 
 RowTable = dict[str, tuple[RowConfig, ...]]
 
-# Sorted by block_n: the first that holds a whole row is used, so that the row stays in registers; longer rows
-# are walked in blocks of the last. 8 to 32 elements a thread keep 16-byte loads in flight without spilling.
-NORM_FORWARD: RowTable = {
-    "generic": (
-        RowConfig(32, 64, 4),
-        RowConfig(16, 128, 4),
-        RowConfig(8, 256, 4),
-        RowConfig(4, 512, 4),
-        RowConfig(2, 1024, 4),
-        RowConfig(1, 2048, 4),
-        RowConfig(1, 4096, 8),
-        RowConfig(1, 8192, 16),
-        RowConfig(1, 16384, 16),
-    ),
-}
+# Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
+# 8 elements a thread are one 16-byte load in 16 bits and two in 32; 16 a thread spill in several binaries.
+_WHOLE_ROWS = (
+    RowConfig(16, 64, 4),
+    RowConfig(8, 128, 4),
+    RowConfig(4, 256, 4),
+    RowConfig(2, 512, 4),
+    RowConfig(1, 1024, 4),
+    RowConfig(1, 2048, 8),
+    RowConfig(1, 4096, 16),
+    RowConfig(1, 8192, 32),
+)
+# A wavefront has 64 lanes there: half as many make the same threads, and 1024 threads are the limit.
+_WHOLE_ROWS_GFX942 = tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _WHOLE_ROWS)
 
-# The backward holds four such tiles (input, upstream gradient, weight, weight-gradient sum), hence fewer
-# elements a thread and an earlier end of the whole-row sizes.
-NORM_BACKWARD: RowTable = {
-    "generic": (
-        RowConfig(32, 64, 4),
-        RowConfig(16, 128, 4),
-        RowConfig(8, 256, 4),
-        RowConfig(4, 512, 4),
-        RowConfig(2, 1024, 4),
-        RowConfig(1, 2048, 4),
-        RowConfig(1, 4096, 8),
-        RowConfig(1, 8192, 16),
-    ),
-}
+NORM_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
+NORM_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
+# A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100.
+NORM_BACKWARD_BIAS: RowTable = {"generic": _WHOLE_ROWS[:-1], "gfx942": _WHOLE_ROWS_GFX942[:-1]}
 
-# Weight gradients of rows longer than NORM_BACKWARD's: a strip of columns, summed over a group of rows.
-NORM_WEIGHT_GRADIENT = RowConfig(16, 128, 4)
+# Rows longer than any table's are walked in blocks of this many columns.
+LONG_ROW = RowConfig(1, 4096, 16)
+# Weight gradients of such rows: a strip of columns, summed over a group of rows.
+NORM_WEIGHT_GRADIENT = RowConfig(8, 128, 4)
 # Sum of the partial weight gradients over the programs that made them.
-SUM_PARTIALS = RowConfig(32, 64, 4)
+SUM_PARTIALS = RowConfig(16, 64, 4)
 
 
 def row_config(table: RowTable, architecture: str, columns: int) -> RowConfig:
     """The configuration for rows of `columns` elements on `architecture` ("sm_90", "gfx942", "generic")."""
     rows = table.get(architecture, table["generic"])
-    return next((config for config in rows if config.block_n >= columns), rows[-1])
+    return next((config for config in rows if config.block_n >= columns), LONG_ROW)
 
 
 def programs_per_multiprocessor(config: RowConfig) -> int:

@@ -539,7 +539,8 @@ def _launch_backward(
     acc = _types(x.dtype)[1]
     x2, dy2 = _as_rows(x, columns), _as_rows(dy.resolve_neg(), columns)
     dh2 = dy2 if dh is None else _as_rows(dh.resolve_neg(), columns)
-    config = configs.row_config(configs.NORM_BACKWARD, _runtime.architecture(x.device), columns)
+    table = configs.NORM_BACKWARD_BIAS if need_db else configs.NORM_BACKWARD
+    config = configs.row_config(table, _runtime.architecture(x.device), columns)
     whole_row = columns <= config.block_n
     tiles = -(-rows // config.block_m)
     # Programs that stay resident, each walking many tiles: as few partial sums as keep the device busy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastlm_kernels as fk
 
@@ -38,7 +38,7 @@ def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def qkv_split(model: GPT) -> dict[nn.Parameter, list[int]]:
+def qkv_split(model: GPT) -> dict[Tensor, list[int]]:
     """Row counts of Q, K and V inside each merged projection."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     return {layer.qkv.weight: [heads * layer.head_dim for heads in layer.sizes] for layer in layers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from copy import deepcopy
+from typing import Literal
 
 import torch
 
@@ -52,7 +53,7 @@ def resolve_model(cfg: Config) -> None:
         model.logit_softcap = 15.0 if modern else 0.0
 
 
-def _precision(cfg: Config, device: torch.device) -> tuple[str, str]:
+def _precision(cfg: Config, device: torch.device) -> tuple[Literal["fp32", "bf16"], str]:
     if cfg.train.precision != "auto":
         return cfg.train.precision, f"precision: {cfg.train.precision} as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -60,7 +61,7 @@ def _precision(cfg: Config, device: torch.device) -> tuple[str, str]:
     return "fp32", f"precision: fp32 on {device.type}"
 
 
-def _kernels(cfg: Config, device: torch.device) -> tuple[str, str]:
+def _kernels(cfg: Config, device: torch.device) -> tuple[Literal["triton", "torch"], str]:
     import fastlm_kernels as fk
 
     with fk.backend("triton"):

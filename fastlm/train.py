@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,8 @@ class Trainer:
         if cfg.model.dropout > 0:
             samples = torch.arange(state.samples, state.samples + cfg.train.batch_size)
             seeds_B = hash32(hash32(samples) + cfg.seed).to(self.device)
-        batch = Batch(*(x.to(self.device, non_blocking=True) for x in batch[:2]), batch.first_sample)
+        inputs, targets = (x.to(self.device, non_blocking=True) for x in (batch.inputs, batch.targets))
+        batch = Batch(inputs, targets, batch.first_sample)
         micro_batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
         loss, grad_norm = train_step(
             self.loss_of, self.optimizer, batch, micro_batch_size=micro_batch_size, seeds_B=seeds_B
@@ -183,7 +185,9 @@ class Trainer:
                 continue
             state.skipped += 1
             state.skipped_in_a_row += 1
-            self.metrics.write("skip", **(self._when() | {"step": update.step}), skipped=state.skipped)
+            when = self._when()
+            when["step"] = update.step
+            self.metrics.write("skip", **when, skipped=state.skipped)
             self.progress.note(f"step {update.step}: the gradient is not finite, update skipped")
             if state.skipped_in_a_row >= SKIPS_BEFORE_STOP:
                 raise GuardStop(self._guard_message())
@@ -268,7 +272,7 @@ class Trainer:
     def _due(self, every: int | None, last: bool) -> bool:
         return last or (every is not None and self.state.step % every == 0)
 
-    def _when(self) -> dict[str, float]:
+    def _when(self) -> dict[str, Any]:
         self.state.seconds = time.monotonic() - self.clock
         return {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.state.seconds}
 

@@ -32,7 +32,7 @@ def test_after_warm_up_it_starts_at_the_peak_and_never_rises(name: str):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "exponential", "wsd"])
 def test_the_end_is_min_lr_ratio(name: str):
-    cfg = OptimConfig(schedule=name, warmup_steps=10, min_lr_ratio=0.1)
+    cfg = OptimConfig(schedule=name, warmup_steps=10, min_lr_ratio=0.1)  # type: ignore[arg-type]
     assert multiplier(cfg, 100, 100) == pytest.approx(0.1)
     assert multiplier(cfg, 99, 100) > 0.1
     assert multiplier(cfg, 10_000, 100) == pytest.approx(0.1), "a longer run stays at the floor"

@@ -76,8 +76,7 @@ class TestStep:
         after = checkpoint.optimizer_tensors(optimizer, named)
         assert state.keys() == after.keys()
         for key, value in after.items():
-            same = torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
-            assert same, key
+            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
 
     def test_clipping_scales_the_gradient_to_the_bound(self):
         moves = []

@@ -48,6 +48,7 @@ NAMESPACE = (__package__ or "fastlm_kernels").replace(".", "__")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _CAPTURE_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 _OLDEST_CAPABILITY = (8, 0)
+_REGISTERS = 65536  # of one multiprocessor, on every supported NVIDIA architecture
 
 # Plain globals on purpose: Dynamo guards on them, so that a compiled function follows `backend`.
 _forced: str | None = None
@@ -261,18 +262,35 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constexprs: dict[str, Any]
-    num_warps: int
+    options: dict[str, int]
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], *, num_warps: int, **constexprs: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    *,
+    num_warps: int,
+    max_registers: int | None = None,
+    **constexprs: Any,
 ) -> None:
-    """Launch `kernel` on the device of its first tensor argument, on that device's current stream."""
+    """Launch `kernel` on the device of its first tensor argument, on that device's current stream.
+
+    max_registers  registers a thread may use where the hardware has them. Given none, NVIDIA's assembler prefers a
+                   few more resident warps to the last few registers, and spills.
+    """
+    options = {"num_warps": num_warps}
+    if max_registers is not None and _is_nvidia():
+        options["maxnreg"] = min(max_registers, _REGISTERS // (32 * num_warps))
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, arguments, constexprs, num_warps))
+        _recorder.append(Launch(kernel, grid, arguments, constexprs, options))
         return
     with on_device(next(a for a in arguments if isinstance(a, Tensor))):
-        kernel[grid](*arguments, **constexprs, num_warps=num_warps)
+        kernel[grid](*arguments, **constexprs, **options)
+
+
+def _is_nvidia() -> bool:
+    return torch.version.hip is None if _architecture is None else _architecture.startswith("sm_")
 
 
 @contextlib.contextmanager

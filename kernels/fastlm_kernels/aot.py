@@ -127,7 +127,7 @@ def specialise(launch: _runtime.Launch, architecture: str, aligned: bool) -> tup
     fn, address = launch.kernel, _ALIGNED if aligned else _UNALIGNED
     arguments = [_Pointer(a.dtype, address) if isinstance(a, Tensor) else a for a in launch.arguments]
     binder = create_function_from_signature(fn.signature, fn.params, backend)
-    settings = {"num_warps": launch.num_warps, "debug": False}
+    settings = {**launch.options, "debug": False}
     bound, specialization, rest = binder(*arguments, **launch.constexprs, **settings)
     options, signature, constexprs, attributes = fn._pack_args(backend, rest, bound, specialization, rest)
     return ASTSource(fn, signature, constexprs, attributes), options
@@ -151,7 +151,7 @@ def describe(launch: _runtime.Launch, architecture: str, aligned: bool) -> Row:
         types,
         aligned,
         switches,
-        launch.num_warps,
+        launch.options["num_warps"],
         registers,
         spills,
         shared,
@@ -220,19 +220,16 @@ def run(job: Job) -> list[Row]:
 
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules and the tables, without comments and docstrings."""
-    modules = sorted({kernel.fused.__module__ for kernel in KERNELS} | {configs.__name__, __name__})
+    modules = {kernel.fused.__module__ for kernel in KERNELS}
+    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "_runtime")}
     digest = hashlib.sha256()
-    for name in modules:
-        tree = ast.parse(inspect.getsource(importlib.import_module(name) if name != "__main__" else _this()))
+    for name in sorted(modules):
+        tree = ast.parse(inspect.getsource(importlib.import_module(name)))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
                 node.body = node.body[1:]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
-
-
-def _this() -> Any:
-    return importlib.import_module(f"{__package__}.aot")
 
 
 def write_report(rows: Iterable[Row], path: Path) -> None:

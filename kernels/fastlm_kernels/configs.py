@@ -40,6 +40,8 @@ NORM_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 NORM_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 # A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100.
 NORM_BACKWARD_BIAS: RowTable = {"generic": _WHOLE_ROWS[:-1], "gfx942": _WHOLE_ROWS_GFX942[:-1]}
+# Without this the assembler stops at 48 to 96 and spills 8 bytes in some binaries; none of them needs more.
+NORM_BACKWARD_REGISTERS = 128
 
 # Rows longer than any table's are walked in blocks of this many columns.
 LONG_ROW = RowConfig(1, 4096, 16)

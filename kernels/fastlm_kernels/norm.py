@@ -560,6 +560,7 @@ def _launch_backward(
                 *(dy2.stride(0), dh2.stride(0), x2.stride(0), weight_offset),
             ),
             num_warps=config.num_warps,
+            max_registers=configs.NORM_BACKWARD_REGISTERS,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             WHOLE_ROW=whole_row,

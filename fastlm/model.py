@@ -234,9 +234,9 @@ class GPT(nn.Module):
         h_BTD = self.embed(tokens_BT)
         rotation = None
         if self.positions is not None:
-            h_BTD = h_BTD + self.positions.weight[start : start + T]
+            h_BTD = h_BTD + self.positions.weight.narrow(0, start, T)
         else:
-            rotation = (self.rope[0, start : start + T], self.rope[1, start : start + T])
+            rotation = self.rope.narrow(1, start, T).unbind()
         h_BTD = h_BTD.to(self.compute_dtype)
         if self.positions is None:
             h_BTD = self.norm_out(h_BTD)  # rows of the embedding may grow at will: only their direction enters
@@ -291,7 +291,8 @@ def sample_dropout(x_BTD: Tensor, p: float, seeds_B: Tensor, site: int) -> Tenso
     """
     if p == 0.0:
         return x_BTD
-    position = torch.arange(x_BTD[0].numel(), device=x_BTD.device).view(x_BTD[0].shape)
+    shape = x_BTD.shape[1:]
+    position = torch.arange(shape.numel(), device=x_BTD.device).view(shape)
     key_B = hash32(hash32(seeds_B) + site)
     bits = hash32(hash32(position) ^ key_B.view(-1, *[1] * (x_BTD.dim() - 1)))
     keep = bits >= round(p * 2**32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_model import build, some_tokens
-from tiny import events, final_weights, record, train, write_corpus
+from tiny import events, final_weights, flags, record, spawn, train, write_corpus
 
 from fastlm import checkpoint
 from fastlm.config import OptimConfig
@@ -322,3 +322,57 @@ def test_wrong_values_leave_nothing(corpus: Path, tmp_path: Path):
     with pytest.raises(InputError, match="seq_len"):
         train(corpus, tmp_path / "run", "--data.seq_len", "999999")
     assert not (tmp_path / "run").exists()
+
+
+class TestPaths:
+    """The same mathematics by other means."""
+
+    @pytest.mark.needs_interpreter
+    @pytest.mark.parametrize("family", ["modern", "gpt2"])
+    def test_kernels_train_as_pytorchs_ops_do(self, family: str, corpus: Path, tmp_path: Path):
+        """The Triton kernels, in the interpreter, inside a whole run."""
+        more = ["--model.family", family, "--optim.name", "adamw", "--optim.lr", "0.01", "--train.eval_every", "null"]
+        train(corpus, tmp_path / "torch", *more, "--model.kernels", "torch", steps=3)
+        arguments = flags(corpus, tmp_path / "triton", *more, "--model.kernels", "triton", steps=3)
+        process = spawn(arguments, TRITON_INTERPRET="1")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "kernels: fastlm's Triton kernels" in out
+        losses = [[line["loss"] for line in events(tmp_path / name, "train")] for name in ("torch", "triton")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        same = final_weights(tmp_path / "torch") == final_weights(tmp_path / "triton")
+        assert not same, "bitwise equal sums would mean that no kernel ran"
+
+    def test_compiled_equals_eager(self, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        import torch._dynamo
+
+        torch._dynamo.reset()
+        train(corpus, tmp_path / "eager", steps=3)
+        train(corpus, tmp_path / "compiled", "--train.compile", "true", steps=3)
+        out = capsys.readouterr().out
+        assert "compile: the first update took" in out
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+        assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+        losses = [[line["loss"] for line in events(tmp_path / name, "train")] for name in ("eager", "compiled")]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+    @pytest.mark.parametrize("name", ["modern", "modern-gqa", "gpt2"])
+    def test_a_forward_pass_on_a_gpu_in_bf16_type_checks(self, name: str):
+        """Shapes, dtypes and devices on CUDA by fake tensors: no GPU is needed. (A CPU build has no CUDA autograd.)"""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        cfg = build(name, dropout=0.1).cfg
+        with FakeTensorMode(), torch.no_grad():
+            model = GPT(cfg, 61, compute_dtype=torch.bfloat16)
+            for module in model.modules():
+                for group in (module._parameters, module._buffers):
+                    for key, value in group.items():
+                        if value is not None:
+                            fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                            group[key] = torch.nn.Parameter(fake) if group is module._parameters else fake  # type: ignore[assignment]
+            tokens = torch.empty(4, 24, dtype=torch.int64, device="cuda")
+            seeds = torch.empty(4, dtype=torch.int64, device="cuda")
+            hidden = model.hidden(tokens, seeds_B=seeds)
+            assert (hidden.device.type, hidden.dtype, hidden.shape) == ("cuda", torch.bfloat16, (4, 24, 32))
+            loss = model(tokens, tokens, num_items=(tokens != -100).sum(), seeds_B=seeds)
+            assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())

@@ -126,12 +126,11 @@ class Trainer:
                 self._evaluate(full=last)
             if self._due(train.sample_every, last):
                 self._sample()
-            if self._due(train.save_every, last) or self.stop_signal:
-                self._save()
+            saved = (self._due(train.save_every, last) or self.stop_signal) and self._save()
             if last:
-                return self._end()
+                return self._end(bool(saved))
             if self.stop_signal:
-                return self._interrupted()
+                return self._interrupted(bool(saved))
         raise AssertionError("the loader never ends")
 
     def _begin(self) -> None:
@@ -223,7 +222,8 @@ class Trainer:
         share = "" if sample.tokenizes is None else f" ({sample.tokenizes:.0%} of its lines tokenize as Python)"
         self.progress.note(f"step {self.state.step}: sampled{share}\n{sample.texts[0].strip()}")
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
+        """Write a checkpoint -> whether that went well; a full disk does not stop the run."""
         self.metrics.sync()
         when = self._when()  # of the state saved, so that time adds up over a restart
         with self.meter.paused():
@@ -239,20 +239,25 @@ class Trainer:
                 )
             except checkpoint.SaveFailed as failure:
                 warn(f"{failure}; training goes on, the last good checkpoint is kept")
-                return
+                return False
             checkpoint.prune(self.out, self.cfg.train.keep, self.cfg.train.keep_best)
+            draw_loss(self.out)
         self.metrics.write("save", **when)
+        return True
 
-    def _end(self) -> int:
+    def _end(self, saved: bool) -> int:
         self.metrics.write("end", **self._when())
-        draw_loss(self.out)
-        return 0
+        if not saved:
+            warn("the last step's checkpoint is missing; make room, and the same command with --out writes it")
+        return 0 if saved else 1
 
-    def _interrupted(self) -> int:
+    def _interrupted(self, saved: bool) -> int:
         assert self.stop_signal is not None
         name = signal.Signals(self.stop_signal).name
+        if not saved:
+            warn(f"{name}: stopped without a new checkpoint; the same command with --out {self.out} goes on")
+            return 1
         self.progress.note(f"{name}: saved at step {self.state.step}; the same command with --out {self.out} goes on")
-        draw_loss(self.out)
         return 128 + self.stop_signal
 
     def _is_last(self) -> bool:

@@ -82,3 +82,12 @@ def test_every_command_has_help(command: str, tmp_path: Path):
     assert done.stderr == ""
     assert "--" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_public_names_load_on_first_use():
+    code = """
+import sys, fastlm
+assert "torch" not in sys.modules
+assert [getattr(fastlm, name).__name__ for name in fastlm.__all__] == fastlm.__all__
+"""
+    python(code)

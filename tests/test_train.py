@@ -285,21 +285,31 @@ class TestGuards:
         assert len(events(out, "skip")) == SKIPS_BEFORE_STOP
         assert events(out)[-1]["event"] == "skip"
 
+    @pytest.mark.parametrize(("full_at", "saved", "code"), [(4, [2, 6], 0), (6, [2, 4], 1)])
     def test_a_full_disk_stops_saves_and_not_training(
-        self, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        full_at: int,
+        saved: list[int],
+        code: int,
+        corpus: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ):
         original = checkpoint.save
 
         def save(run_dir: Path, step: int, **parts: object) -> Path:
-            if step == 4:
-                raise checkpoint.SaveFailed("checkpoint of step 4 not written: No space left on device")
+            if step == full_at:
+                raise checkpoint.SaveFailed("checkpoint not written: No space left on device")
             return original(run_dir, step, **parts)  # type: ignore[arg-type]
 
         monkeypatch.setattr(checkpoint, "save", save)
         out = tmp_path / "run"
-        assert train(corpus, out, "--train.save_every", "2") == 0
-        assert [line["step"] for line in events(out, "save")] == [2, 6]
-        assert "No space left on device" in capsys.readouterr().err
+        assert train(corpus, out, "--train.save_every", "2") == code
+        assert [line["step"] for line in events(out, "save")] == saved
+        err = capsys.readouterr().err
+        assert "No space left on device" in err
+        assert ("last step's checkpoint is missing" in err) == bool(code)
 
 
 def test_tied_weights_are_one_tensor_after_loading(corpus: Path, tmp_path: Path):

@@ -293,6 +293,8 @@ def _load_yaml(path: Path) -> dict[Any, Any]:
         raise InputError("--config", path, f"name a readable YAML file ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError("--config", path, "give a YAML file in UTF-8") from error
+    except (TypeError, RecursionError) as error:
+        raise InputError("--config", path, "give a YAML file of KEY: VALUE lines, keys as words") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

@@ -2,7 +2,7 @@
 
 Precedence, whatever the order typed: dataclass defaults < preset < --config file < dotted flags.
 `None` (YAML `null`) means off, or "derive it" where the comment says so; `auto` is resolved once by
-`fastlm.train.resolve`, written to the run's config.yaml, and never decided again.
+`fastlm.resolve`, written to the run's config.yaml, and never decided again.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class TrainConfig:
     epochs: float | None = None
     max_seconds: float | None = None
     batch_size: int = 32  # sequences per update, all devices together
-    micro_batch_size: int | None = None  # sequences per forward pass and device; None = batch_size
+    micro_batch_size: int | None = None  # sequences per forward pass and device; None = what fits
     eval_every: int | None = 100  # None = only before the first and after the last step
     save_every: int | None = 200  # None = only after the last step
     sample_every: int | None = None  # None = only after the last step
@@ -122,6 +122,7 @@ class Config:
 LENGTHS = ("train.steps", "train.epochs", "train.max_seconds")  # exactly one is set
 RUN_KEYS = ("out", "resume")  # where a run goes, not what it is: kept out of its config.yaml
 TOKENIZERS = ("bpe", "byte", "char", "gpt2")
+DEFAULT_CUDA = "default-cuda.yaml"  # the size in which the preset `default` comes on a GPU
 # Null or `auto` here means "derived": a resumed run may leave them open where the stored one has the result.
 DERIVED = ("model.n_kv_head", "model.max_seq_len", "model.tie_embeddings", "model.logit_softcap")
 
@@ -152,7 +153,7 @@ BELOW_ONE = Bound(0, 1, open_high=True)
 BOUNDS: dict[str, Bound] = {
     "seed": Bound(0, 2**63, open_high=True),
     "data.val_fraction": Bound(0, 1, open_low=True, open_high=True),
-    "data.vocab_size": Bound(257, 2**18),  # a BPE starts from 256 bytes and the document separator
+    "data.vocab_size": Bound(1, 2**18),
     "data.seq_len": COUNT,
     "model.n_layer": COUNT,
     "model.n_head": COUNT,
@@ -164,7 +165,7 @@ BOUNDS: dict[str, Bound] = {
     "optim.lr": NOT_NEGATIVE,
     "optim.adam_lr": NOT_NEGATIVE,
     "optim.betas": BELOW_ONE,
-    "optim.eps": NOT_NEGATIVE,
+    "optim.eps": POSITIVE,  # 0 divides 0 by 0 where a row got no gradient yet
     "optim.momentum": BELOW_ONE,
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.grad_clip": POSITIVE,
@@ -378,8 +379,9 @@ def _check_tokenizer(name: str) -> None:
 
 
 def presets() -> dict[str, Path]:
-    """Preset files by name, in alphabetical order."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+    """Preset files by name, in alphabetical order; `default` stands for DEFAULT_CUDA too."""
+    files = sorted((Path(__file__).parent / "presets").glob("*.yaml"))
+    return {path.stem: path for path in files if path.name != DEFAULT_CUDA}
 
 
 def _preset_layer(layers: Sequence[Layer]) -> Layer:
@@ -395,7 +397,7 @@ def _preset_layer(layers: Sequence[Layer]) -> Layer:
         guess = f"; did you mean {near[0]}?" if near else ""
         raise complaint("preset", name, f"choose one of {', '.join(known)}{guess}", file)
     if name == "default" and resolve_device(device) == "cuda":
-        return Layer("preset default", read_yaml(known["default-cuda"], leaves(Config)))
+        return Layer("preset default", read_yaml(known[name].with_name(DEFAULT_CUDA), leaves(Config)))
     return Layer(f"preset {name}", read_yaml(known[name], leaves(Config)))
 
 

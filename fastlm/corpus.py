@@ -248,7 +248,10 @@ def make_tokenizer(corpus: TextCorpus, parts: tuple[Part, Part], alphabet: froze
         used = min(parts[0].chars, BPE_TRAINING_CHARS)
         notify(f"tokenizer: training a BPE of {corpus.vocab_size} entries on {used:,} characters")
         share = used / max(parts[0].chars, 1)
-        return train_bpe(evenly((text for _, text in parts[0].pieces()), share), corpus.vocab_size)
+        tokenizer = train_bpe(evenly((text for _, text in parts[0].pieces()), share), corpus.vocab_size)
+        if tokenizer.vocab_size < corpus.vocab_size:
+            notify(f"tokenizer: the text holds only {tokenizer.vocab_size} entries, not {corpus.vocab_size}")
+        return tokenizer
     ready = ready_tokenizer(corpus.tokenizer)
     assert ready is not None
     return ready

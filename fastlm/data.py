@@ -240,10 +240,13 @@ def check_lengths(cfg: DataConfig, dataset: Dataset) -> None:
     need = cfg.seq_len + 1
     if len(dataset.train) < need:
         remedy = f"shorter than one window of {need} tokens: give more text or a smaller --data.seq_len"
+        if cfg.val_path is None and len(dataset.train) + len(dataset.val) >= need:
+            remedy += " or --data.val_fraction"
         raise InputError("--data.path", f"{spec} ({len(dataset.train)} training tokens)", remedy)
     if len(dataset.val) < 2:
         key, spec = ("--data.path", spec) if cfg.val_path is None else ("--data.val_path", cfg.val_path)
         remedy = "shorter than one window: validation needs at least 2 tokens; give more text"
+        remedy += " or a larger --data.val_fraction" if cfg.val_path is None else ""
         raise InputError(key, f"{spec} ({len(dataset.val)} validation tokens)", remedy)
 
 
@@ -408,7 +411,7 @@ def eval_windows(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(inputs, targets), int64 (batch_size, seq_len), of windows end to end: all tokens but the first are targets.
 
-    Each batch has the full shape: past the end of the last window or batch, targets are -100 and inputs 0.
+    The last batch may have fewer rows; past the end of the last window targets are -100 and inputs 0.
     `limit_windows` takes that many, spread evenly, always the same.
     """
     total = -(-(len(stream) - 1) // seq_len)
@@ -416,9 +419,10 @@ def eval_windows(
     if limit_windows is not None and limit_windows < total:
         chosen = np.arange(limit_windows) * total // limit_windows
     for begin in range(0, len(chosen), batch_size):
-        inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        targets = torch.full((batch_size, seq_len), IGNORE, dtype=torch.int64)
-        for row, window in enumerate(chosen[begin : begin + batch_size]):
+        windows = chosen[begin : begin + batch_size]
+        inputs = torch.zeros(len(windows), seq_len, dtype=torch.int64)
+        targets = torch.full((len(windows), seq_len), IGNORE, dtype=torch.int64)
+        for row, window in enumerate(windows):
             start = int(window) * seq_len
             tokens = torch.from_numpy(stream.read(start, min(seq_len + 1, len(stream) - start)))
             inputs[row, : len(tokens) - 1] = tokens[:-1]

@@ -52,6 +52,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     An unexpected exception keeps Python's traceback and exit code 1: that is a bug, and whoever mends it
     needs the lines.
     """
+    if sys.stdout is None:  # closed by whoever started us, as daemons are
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:
         code = main() or EXIT_DONE
     except InputError as error:

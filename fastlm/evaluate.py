@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import fastlm_kernels as fk
+
 from .errors import InputError, run_command
 from .model import GPT
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .shards import TokenStream
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
@@ -78,12 +83,11 @@ def evaluate(
 ) -> Evaluation:
     """Score (inputs, targets) batches, (B, T) int64 each, target -100 = not counted. Sums are kept in fp64."""
     device = next(model.parameters()).device
-    length_V = None if token_bytes is None else torch.from_numpy(token_bytes).to(device)
+    length_V = None if token_bytes is None else torch.from_numpy(token_bytes)
     tokens = text_bytes = correct = 0
     nats = text_nats = 0.0
     for inputs_BT, targets_BT in batches:
-        inputs_BT, targets_BT = inputs_BT.to(device), targets_BT.to(device)
-        nats_BT = model(inputs_BT, targets_BT, reduction="none").double()
+        nats_BT, hits_BT = _score(model, inputs_BT.to(device), targets_BT.to(device), accuracy)
         counted_BT = targets_BT >= 0
         tokens += int(counted_BT.sum())
         nats += float(nats_BT[counted_BT].sum())
@@ -91,8 +95,8 @@ def evaluate(
             length_BT = length_V[targets_BT.clamp(min=0)] * counted_BT
             text_bytes += int(length_BT.sum())
             text_nats += float(nats_BT[length_BT > 0].sum())
-        if accuracy:
-            correct += int((model(inputs_BT).argmax(dim=-1) == targets_BT).sum())
+        if hits_BT is not None:
+            correct += int(hits_BT.sum())
     return Evaluation(
         tokens=tokens,
         nats=nats,
@@ -102,23 +106,32 @@ def evaluate(
     )
 
 
+def _score(model: GPT, inputs_BT: Tensor, targets_BT: Tensor, accuracy: bool) -> tuple[Tensor, Tensor | None]:
+    """Nats of each target (fp64) and, if asked, whether the model ranked it first; both on the CPU."""
+    if not accuracy:
+        return model(inputs_BT, targets_BT, reduction="none").cpu().double(), None
+    logits_BTV = model(inputs_BT)
+    nats_BT = fk.cross_entropy(logits_BTV.mT, targets_BT, reduction="none")
+    return nats_BT.cpu().double(), (logits_BTV.argmax(dim=-1) == targets_BT).cpu()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the metrics asked for, with what they were measured on."""
+    from .checkpoint import json_bytes
     from .config import parse_arguments
-    from .data import eval_windows, open_for_evaluation
+    from .data import eval_windows
     from .run import open_run
 
     arguments = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(EvaluateConfig, arguments, command="fastlm.evaluate", positional="run")
-    names = [name.strip() for name in cfg.metrics.split(",")]
+    names = [name.strip() for name in cfg.metrics.strip("[]").split(",")]
     for name in names:
         if name not in METRICS:
             raise InputError("--metrics", name, f"choose among {', '.join(METRICS)}")
     if cfg.batch_size < 1:
         raise InputError("--batch_size", cfg.batch_size, "give at least 1")
     run = open_run(cfg.run, cfg.device)
-    stream = open_for_evaluation(run.cfg.data, cfg.data.path, run.tokenizer, run.model.vocab_size)
-    windows = eval_windows(stream, run.cfg.data.seq_len, cfg.batch_size)
+    windows = eval_windows(_open_stream(run, cfg.data.path), run.cfg.data.seq_len, cfg.batch_size)
     token_bytes = None if run.tokenizer is None else run.tokenizer.token_bytes()
     result = evaluate(run.model, windows, token_bytes, accuracy="accuracy" in names)
     report = {
@@ -127,8 +140,21 @@ def main(argv: list[str] | None = None) -> int:
         "data": cfg.data.path or "validation split",
     }
     report |= {"tokens": result.tokens} | {name: getattr(result, name) for name in names}
-    sys.stdout.write(json.dumps(report) + "\n")
+    sys.stdout.write(json_bytes(report).decode())
     return 0
+
+
+def _open_stream(run: Run, path: str | None) -> TokenStream:
+    """The tokens of `path`, or of the run's validation split, if that is still the text that the run trained on."""
+    from .data import open_dataset, open_for_evaluation
+
+    if path is not None:
+        return open_for_evaluation(run.cfg.data, path, run.tokenizer, run.model.vocab_size)
+    dataset = open_dataset(run.cfg.data)
+    if dataset.fingerprint != run.state["data"]:
+        remedy = "its content changed since the run; restore it, or name a text with --data.path"
+        raise InputError("the run's data", dataset.source, remedy)
+    return dataset.val
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from .config import Config, ModelConfig
 
-# Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets, by a part of the device's name; first match wins.
+# Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets, by words of the device's name; first match wins.
 PEAK_FLOPS = (
     ("GB200", 2.5e15),
     ("B200", 2.25e15),
@@ -18,6 +19,7 @@ PEAK_FLOPS = (
     ("H100", 989e12),
     ("A100", 312e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
     ("RTX 5090", 209.5e12),
     ("RTX 4090", 165.2e12),
@@ -71,7 +73,9 @@ def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, None where it is not tabled."""
-    return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
+    if re.search(r"\b(Ti|Laptop|Mobile|Max-Q|D)\b", device_name):  # other chips under the names of these
+        return None
+    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", device_name)), None)
 
 
 def memory_bytes(
@@ -87,9 +91,10 @@ def memory_bytes(
 
     fp32 parameter, gradient and two moments: 16 bytes a parameter. A block keeps about 2 residual-width rows for each
     of its 2 norms, q, k, v, the attention's output and 2 rows of the MLP's 4 D: 16 D values a token (with `recompute`
-    D a block, and one block's 16 D). The logits and their gradient live once, in fp32.
+    D a block, and one block's 16 D). Logits, softmax and gradient take 12 bytes a token and vocabulary entry, 18 with a
+    soft-cap, as measured on a CPU.
     """
     tokens = micro_batch_size * seq_len
     values = (cfg.n_layer + 16 if recompute else 16 * cfg.n_layer) * cfg.n_embd
-    logits = 2 * 4 * vocab_size
+    logits = (18 if cfg.logit_softcap else 12) * vocab_size
     return 16 * parameters(cfg, vocab_size).total + tokens * (values * compute_bytes + logits)

@@ -81,7 +81,7 @@ def draw(
     """One token a row of fp32 logits -> (N, 1) int64."""
     if temperature == 0:
         return logits_NV.argmax(dim=-1, keepdim=True)
-    logits_NV = logits_NV / temperature
+    logits_NV = (logits_NV - logits_NV.amax(dim=-1, keepdim=True)).double() / temperature  # a small one overflows
     if top_k is not None and top_k < logits_NV.size(-1):
         least_N1 = logits_NV.topk(top_k, dim=-1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
@@ -96,6 +96,7 @@ def draw(
 def main(argv: list[str] | None = None) -> int:
     """Print `num_samples` continuations of the prompt, each with the prompt before it."""
     from .config import parse_arguments
+    from .log import encodable
     from .run import open_run
     from .text import clean
 
@@ -120,12 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     for number, ids in enumerate(samples, start=1):
         if cfg.num_samples > 1:
             sys.stdout.write(f"--- sample {number} of {cfg.num_samples}\n")
-        sys.stdout.write(cfg.prompt + run.tokenizer.decode(ids) + "\n")
+        sys.stdout.write(encodable(cfg.prompt + run.tokenizer.decode(ids), sys.stdout) + "\n")
     return 0
 
 
 def check(cfg: GenerateConfig) -> None:
-    """Refuse numbers that mean nothing, by name."""
+    """Refuse values that mean nothing, by name."""
+    from .text import is_encodable
+
     rules = (
         ("max_new_tokens", cfg.max_new_tokens >= 1, "give at least 1"),
         ("temperature", cfg.temperature >= 0, "give 0 (the likeliest token) or more"),
@@ -135,6 +138,8 @@ def check(cfg: GenerateConfig) -> None:
             cfg.top_p is None or 0 < cfg.top_p <= 1,
             "give more than 0 and at most 1, or null for all tokens",
         ),
+        ("seed", 0 <= cfg.seed < 2**63, "give at least 0 and less than 2^63"),
+        ("prompt", is_encodable(cfg.prompt), "give text in UTF-8"),
         ("num_samples", cfg.num_samples >= 1, "give at least 1"),
     )
     for key, holds, remedy in rules:

@@ -7,9 +7,11 @@ warnings to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -85,8 +87,19 @@ class MetricsLog:
     def _write_record(self, record: Record) -> None:
         line = json_bytes(record)
         self._append(line)
-        if self._events is not None:
-            self._events.add(json.loads(line))
+        self._try_events(lambda events: events.add(json.loads(line)))
+
+    def _try_events(self, action: Callable[[EventFile], None]) -> None:
+        """Do something with TensorBoard's file; give it up when the disk refuses: a resume rebuilds it."""
+        if self._events is None:
+            return
+        try:
+            action(self._events)
+        except OSError as error:
+            given_up, self._events = self._events, None
+            with contextlib.suppress(OSError):
+                given_up.close()
+            self._notify(f"TensorBoard's file cannot be written ({error.strerror}); it ends here")
 
     def _append(self, line: bytes) -> None:
         first_failure = not self._waiting
@@ -111,8 +124,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        self._try_events(EventFile.close)
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +145,7 @@ def read_metrics(path: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(record, dict) and {"event", "step"} <= set(record):
+        if line.endswith(b"\n") and isinstance(record, dict) and "event" in record and type(record.get("step")) is int:
             records.append(record)
     return records
 
@@ -183,9 +195,13 @@ class EventFile:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         if self._writer is None:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+            from tensorboard.summary.writer.record_writer import RecordWriter
 
-            self._writer = EventFileWriter(str(self.folder), flush_secs=10)
+            # Not TensorBoard's own EventFileWriter: its thread dies with a traceback when the disk is full.
+            name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+            self._writer = RecordWriter(open(self.folder / name, "wb", buffering=0))  # noqa: SIM115 - lives as long as the run
+            first = TensorBoardEvent(wall_time=time.time(), file_version="brain.Event:2")
+            self._writer.write(first.SerializeToString())
         for record in self._waiting:
             values = [
                 Summary.Value(tag=tag, simple_value=record[name])
@@ -194,16 +210,19 @@ class EventFile:
             ]
             if values:
                 when = self._epoch + record.get("seconds", 0.0)
-                self._writer.add_event(
-                    TensorBoardEvent(step=record["step"], wall_time=when, summary=Summary(value=values))
-                )
+                event = TensorBoardEvent(step=record["step"], wall_time=when, summary=Summary(value=values))
+                self._writer.write(event.SerializeToString())
         self._waiting.clear()
+        self._writer.flush()
 
     def close(self) -> None:
-        if self._seen_train or self._writer is not None:
-            self._write_waiting()
-        if self._writer is not None:
-            self._writer.close()
+        """Write what waits, once a train event was seen, and close the file. Raises OSError on a full disk."""
+        try:
+            if self._seen_train:
+                self._write_waiting()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
 
 
 class Progress:
@@ -270,10 +289,16 @@ class Progress:
 
     def _print(self, text: str) -> None:
         try:
-            self.file.write(f"{text}\n")
+            self.file.write(f"{encodable(text, self.file)}\n")
             self.file.flush()  # a pipe would hold lines back until 8 KiB are full
         except OSError:  # whoever read along has gone; that is no reason to stop training
             self._silent = True
+
+
+def encodable(text: str, file: TextIO) -> str:
+    """`text` with what `file`'s encoding lacks spelled out: a terminal may know less than Unicode."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _rich_bar(file: TextIO) -> Any:

@@ -165,7 +165,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    `cfg` has every `None` resolved (`fastlm.train.resolve`); `vocab_size` comes from the tokenizer. Parameters are
+    `cfg` has every `None` resolved (`fastlm.resolve`); `vocab_size` comes from the tokenizer. Parameters are
     fp32; activations have `compute_dtype`. `recompute=True` keeps only each block's input for backward.
     """
 
@@ -273,7 +273,9 @@ class GPT(nn.Module):
             return 0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02
         if residual or name == "head.weight":
             return 0.0  # every block starts as the identity, every token as equally likely
-        return 1.0 if name == "embed.weight" else parameter.size(1) ** -0.5
+        if name == "embed.weight":  # only rows' directions enter, unless the head reads them too
+            return 0.02 if self.cfg.tie_embeddings else 1.0
+        return parameter.size(1) ** -0.5
 
 
 def rotary_table(length: int, head_dim: int) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from copy import deepcopy
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +19,7 @@ from .flops import memory_bytes, training_flops
 # matrix products that compilation leaves as they are. LOG.md has the measurement behind this rule.
 CPU_COMPILE_PAYS_FLOPS = 1e15
 CPU_COMPILE_PAYS_SECONDS = 3600
-MEMORY_SHARE = 0.8  # of the free device memory that a step may plan with
+MEMORY_SHARE = 0.8  # of the device's memory that a step may plan with
 
 
 def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | None) -> tuple[Config, list[str]]:
@@ -56,7 +58,7 @@ def resolve_model(cfg: Config) -> None:
 def _precision(cfg: Config, device: torch.device) -> tuple[Literal["fp32", "bf16"], str]:
     if cfg.train.precision != "auto":
         return cfg.train.precision, f"precision: {cfg.train.precision} as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "precision: bf16 activations over fp32 parameters"
     return "fp32", f"precision: fp32 on {device.type}"
 
@@ -67,6 +69,8 @@ def _kernels(cfg: Config, device: torch.device) -> tuple[Literal["triton", "torc
     with fk.backend("triton"):
         explanation = fk.explain(fk.rms_norm, torch.empty(1, 8, device=device), (8,))
     runs, why = explanation.path == "triton", explanation.reason
+    if runs and device.type == "cuda" and (missing := _missing_compiler(device)):
+        runs, why = False, missing
     if cfg.model.kernels == "triton" and not runs:
         raise InputError("--model.kernels", "triton", f"{why}; use auto or torch")
     if cfg.model.kernels == "torch" or not runs:
@@ -106,15 +110,24 @@ def _missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         import importlib.util
 
-        return None if importlib.util.find_spec("triton") else "triton is not installed"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        # Triton builds its launchers with these at their first use.
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "no C compiler found"
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            return "Python's C headers (python3-dev) are not installed"
     return None
 
 
 def _micro_batch_size(cfg: Config, device: torch.device, vocab_size: int) -> int:
     """The largest divisor of the batch whose estimated memory fits; the whole batch where memory is not known."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
         return cfg.train.batch_size
-    free, _ = torch.cuda.mem_get_info(device)
     compute_bytes = 2 if cfg.train.precision == "bf16" else 4
     for size in range(cfg.train.batch_size, 0, -1):
         if cfg.train.batch_size % size:

@@ -6,10 +6,12 @@ config.yaml  metrics.jsonl  loss.png  samples.md  checkpoints/step_00000200/...
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -20,6 +22,7 @@ from .config import DERIVED, Config, config_difference, dump_config, load_config
 from .data import Dataset, WindowOrder, open_dataset
 from .errors import InputError
 from .flops import memory_bytes, parameters, training_flops
+from .log import METRICS, MetricsLog, draw_loss, read_metrics
 from .model import GPT
 from .optim import build_optimizer
 from .resolve import resolve, resolve_model
@@ -50,11 +53,12 @@ class Start:
     stored: Config | None  # the configuration in that checkpoint
     same_run: bool  # it continues the run in `out`, so both configurations must agree
     notes: list[str]
+    bad: list[Path] = field(default_factory=list)  # newer checkpoints that do not verify
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that the loop needs, checked; `cfg` is resolved, `out` exists."""
+    """All that the loop needs, checked; `cfg` is resolved, `out` exists and is locked until `lock` closes."""
 
     cfg: Config
     dataset: Dataset
@@ -62,6 +66,7 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     state: State
     out: Path
+    lock: IO[str]
 
 
 def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
@@ -70,39 +75,43 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
     `note` gets one line for each thing worth telling. Raises InputError, with nothing written.
     """
     start = find_start(cfg)
-    cfg = cfg if start.stored is None else adopt(cfg, start.stored)
-    if start.stored is not None and start.same_run:
-        refuse_difference(start, cfg)
+    if start.stored is not None:
+        cfg = adopt(cfg, start.stored)
+        if start.same_run:
+            refuse_difference(start, cfg)
     device = torch.device(resolve_device(cfg.device))
+    refuse_several_processes()
     dataset = open_dataset(cfg.data, note)
     loaded = None if start.checkpoint is None else checkpoint.load(start.checkpoint)
-    if loaded is not None and start.same_run and loaded.state["data"] != dataset.fingerprint:
-        remedy = f"its content changed since the run in {start.out} began; restore it, or choose another --out"
-        raise InputError("--data.path", cfg.data.path, remedy)
+    if loaded is not None:
+        compare_surroundings(start, loaded, dataset, device)
     steps = total_steps(cfg, WindowOrder(len(dataset.train), cfg.data.seq_len, cfg.seed).windows_per_epoch)
     cfg, decisions = resolve(cfg, device, dataset.vocab_size, steps)
     state = State() if loaded is None else restore_state(loaded)
     if is_finished(cfg, state, steps):
+        if not start.same_run:
+            raise InputError("--train.steps", steps, f"{start.checkpoint} is already at step {state.step}; give more")
+        with lock_directory(start.out):
+            complete_record(start.out, state)
         note(f"{start.out}: finished at step {state.step}, nothing to do")
         return None
     model = build_model(cfg, dataset.vocab_size, device)
     optimizer = build_optimizer(cfg.optim, model)
     if loaded is not None:
         load_weights(model, loaded, start)
-        if start.stored is not None and start.stored.optim.name == cfg.optim.name:
-            checkpoint.restore_optimizer(optimizer, model.named_parameters(), loaded.optimizer)
+        start.notes.extend(load_optimizer(optimizer, model, loaded, start.stored, cfg))
     size = parameters(cfg.model, dataset.vocab_size).total
     checkpoint.check_free_space(start.out, (cfg.train.keep + 2) * size * (4 + OPTIMIZER_BYTES))
-    open_directory(start.out, cfg, state)
-    for line in [*start.notes, *summary(cfg, dataset, steps), *decisions]:
+    lock = open_directory(start, cfg, state)
+    for line in [*start.notes, *summary(start.out, cfg, dataset, steps), *decisions]:
         note(line)
-    return Prepared(cfg, dataset, model, optimizer, state, start.out)
+    return Prepared(cfg, dataset, model, optimizer, state, start.out, lock)
 
 
 def find_start(cfg: Config) -> Start:
     """Resolve `--out` and `--resume` to a directory and a checkpoint. Raises InputError; creates nothing."""
     named = Path(cfg.out) if cfg.out else None
-    if named is not None and named.exists() and not named.is_dir():
+    if named is not None and os.path.lexists(named) and not os.path.isdir(named):
         raise InputError("--out", cfg.out, "name a directory; this is a file")
     if cfg.resume in ("auto", "never"):
         out = named or Path("runs") / f"{cfg.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -110,14 +119,23 @@ def find_start(cfg: Config) -> Start:
             return Start(out, None, None, False, [])
         if cfg.resume == "never":
             raise InputError("--resume", "never", f"{out} holds a run; choose another --out, or --resume auto")
-        newest, skipped = checkpoint.newest_verified(out)
-        notes = [f"skipped {path.name}: {reason}" for path, reason in skipped]
-        if newest is None:
-            notes.append(f"{out} holds a run without a whole checkpoint: it starts again from step 0")
-            return Start(out, None, None, True, notes)
-        notes.append(f"resuming {out} from {newest.name}")
-        return Start(out, newest, load_config(newest / checkpoint.CONFIG), True, notes)
+        return _continue(out)
     return _start_from(Path(cfg.resume), named)
+
+
+def _continue(out: Path) -> Start:
+    """The newest checkpoint of the run in `out` that verifies; from the beginning where it has none yet."""
+    newest, bad = checkpoint.newest_verified(out)
+    notes = [f"skipped {path.name}: {reason}" for path, reason in bad]
+    if newest is None and bad:
+        remedy = f"no checkpoint in it verifies ({bad[0][0].name}: {bad[0][1]}); move it away, or choose another --out"
+        raise InputError("--out", out, remedy)
+    if newest is None:
+        notes.append(f"{out} holds a run without a checkpoint: it starts again from step 0")
+        config = out / "config.yaml"
+        return Start(out, None, load_config(config) if config.exists() else None, True, notes)
+    notes.append(f"resuming {out} from {newest.name}")
+    return Start(out, newest, load_config(newest / checkpoint.CONFIG), True, notes, [path for path, _ in bad])
 
 
 def _start_from(path: Path, out: Path | None) -> Start:
@@ -129,12 +147,13 @@ def _start_from(path: Path, out: Path | None) -> Start:
         raise InputError("--out", out, "it holds another run than --resume names; choose another directory")
     notes = [f"skipped {bad.name}: {reason}" for bad, reason in skipped]
     notes.append(f"starting {out} from {found}")
-    return Start(out, found, load_config(found / checkpoint.CONFIG), False, notes)
+    bad = [path for path, _ in skipped] if out.resolve() == home.resolve() else []
+    return Start(out, found, load_config(found / checkpoint.CONFIG), False, notes, bad)
 
 
 def holds_run(out: Path) -> bool:
     """Whether a run has written here before."""
-    return any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    return any(os.path.lexists(out / name) for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 def adopt(cfg: Config, stored: Config) -> Config:
@@ -142,7 +161,7 @@ def adopt(cfg: Config, stored: Config) -> Config:
     before, now = flatten(stored), flatten(cfg)
     for key, value in now.items():
         derived = value is None and key in (*DERIVED, "train.micro_batch_size")
-        if key != "resume" and (value == "auto" or derived):
+        if key not in ("resume", "device") and (value == "auto" or derived):
             now[key] = before[key]
     return build(Config, now)
 
@@ -158,9 +177,40 @@ def refuse_difference(start: Start, cfg: Config) -> None:
         raise InputError(f"--{key}", new, remedy)
 
 
+def compare_surroundings(start: Start, loaded: Checkpoint, dataset: Dataset, device: torch.device) -> None:
+    """Refuse data that changed under a run; note another device."""
+    assert start.stored is not None
+    if start.stored.device != device.type:
+        start.notes.append(f"device: {device.type}, begun on {start.stored.device}: results agree within rounding")
+    if start.same_run and loaded.state.get("data") != dataset.fingerprint:
+        remedy = f"its content changed since the run in {start.out} began; restore it, or choose another --out"
+        raise InputError("--data.path", start.stored.data.path or dataset.source, remedy)
+
+
+def refuse_several_processes() -> None:
+    """Two processes in one run directory would overwrite each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        remedy = "training on more than one device comes with a later version; start one process"
+        raise InputError("WORLD_SIZE", os.environ["WORLD_SIZE"], remedy)
+
+
+def complete_record(out: Path, state: State) -> None:
+    """Write what a run killed behind its last checkpoint still owes: the lines of that save and of the end."""
+    if any(line["event"] == "end" for line in read_metrics(out / METRICS)):
+        return
+    when = {"tokens": state.tokens, "seconds": state.seconds}
+    with MetricsLog(out, state.step, saved=when) as metrics:
+        metrics.write("end", step=state.step, **when)  # type: ignore[arg-type]
+    draw_loss(out)
+
+
 def restore_state(loaded: Checkpoint) -> State:
-    """The counters that a checkpoint holds."""
-    return State(**{f.name: loaded.state[f.name] for f in fields(State)})  # type: ignore[arg-type]
+    """The counters that a checkpoint holds. Raises InputError where one is missing."""
+    try:
+        return State(**{f.name: loaded.state[f.name] for f in fields(State)})  # type: ignore[arg-type]
+    except KeyError as error:
+        remedy = f"its {checkpoint.STATE} lacks {error}; it is another version's, choose another --out"
+        raise InputError("--resume", loaded.path, remedy) from None
 
 
 def total_steps(cfg: Config, windows_per_epoch: int) -> int | None:
@@ -198,18 +248,50 @@ def load_weights(model: GPT, loaded: Checkpoint, start: Start) -> None:
     model.load_state_dict({name: loaded.model[name] for name in own})
 
 
-def open_directory(out: Path, cfg: Config, state: State) -> None:
-    """Create `out`, or cut an existing one back to where the run goes on from."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: GPT, loaded: Checkpoint, stored: Config | None, cfg: Config
+) -> list[str]:
+    """Put the optimizer's state back -> what there is to say about it."""
+    if stored is not None and stored.optim.name != cfg.optim.name:
+        return [f"optimizer: {cfg.optim.name} starts afresh, the checkpoint has the state of {stored.optim.name}"]
+    checkpoint.restore_optimizer(optimizer, model.named_parameters(), loaded.optimizer)
+    return []
+
+
+def lock_directory(out: Path) -> IO[str]:
+    """Hold `out` for this process until the file returned is closed. Raises InputError if another one does."""
+    lock = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the lock is held
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no such lock
+        pass
+    except OSError:
+        lock.close()
+        raise InputError("--out", out, "another process is training there; wait for it, or choose another") from None
+    return lock
+
+
+def open_directory(start: Start, cfg: Config, state: State) -> IO[str]:
+    """Create the directory, or cut an existing one back to where the run goes on from -> its lock."""
+    out = start.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        lock = lock_directory(out)
+        temporary = out / ".config.yaml.tmp"
+        temporary.write_text(dump_config(cfg), encoding="utf-8")
+        temporary.replace(out / "config.yaml")
+        for path in start.bad:  # kept for whoever wants to know what happened to them
+            path.replace(path.with_name(f"bad-{path.name}-{time.time_ns()}"))
     except OSError as error:
         raise InputError("--out", out, f"cannot write there ({error.strerror}); choose another directory") from None
     checkpoint.remove_partial(out)
     checkpoint.remove_after(out, state.step)
+    return lock
 
 
-def summary(cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:
+def summary(out: Path, cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:
     """What is about to happen, in numbers."""
     size = parameters(cfg.model, dataset.vocab_size)
     batch_tokens = cfg.train.batch_size * cfg.data.seq_len
@@ -225,6 +307,7 @@ def summary(cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:
     length = f"{cfg.train.max_seconds:g} seconds" if steps is None else f"{steps:,} updates"
     total = "" if steps is None else f" = {steps * batch_tokens:,} tokens, {flops:.2e} FLOPs (6N + 12LDT a token)"
     return [
+        f"run: {out}; to go on after a stop, the same command with --out {out}",
         f"data: {dataset.source}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for validation, "
         f"vocabulary {dataset.vocab_size:,}",
         f"model: {cfg.model.family}, {size.total:,} parameters, {size.matmul:,} of them in matrix products",

@@ -37,8 +37,13 @@ def draw_sample(model: GPT, tokenizer: Tokenizer, start: int, *, seed: int, is_c
         num_samples=SAMPLES,
         eot_id=tokenizer.eot_id,
     )
-    texts = [tokenizer.decode(row) for row in ids]
+    texts = [printable(tokenizer.decode(row)) for row in ids]
     return Sample(texts, tokenizable_share(texts) if is_code else None)
+
+
+def printable(text: str) -> str:
+    """Control characters but tab and newline spelled out: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def tokenizable_share(texts: list[str]) -> float | None:
@@ -70,14 +75,19 @@ def drop_samples_after(path: Path, step: int) -> None:
     """On resume: forget sections of steps after the checkpoint's."""
     if not path.exists():
         return
-    kept, keep = [], True
+    kept, keep, fence = [], True, ""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        words = line.removeprefix("## Step ").split(",")[0]
-        if line.startswith("## Step ") and words.isdecimal():
-            keep = int(words) <= step
+        heading = re.match(r"## Step (\d+),", line)
+        if heading and not fence:  # a model may write headings too, inside its fence
+            keep = int(heading[1]) <= step
+        if line.startswith("```"):
+            marks = line.rstrip().removesuffix("text")
+            fence = marks if not fence else ("" if line.rstrip() == fence else fence)
         if keep:
             kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _fenced(text: str) -> str:

@@ -102,7 +102,8 @@ def find_files(key: str, spec: str) -> list[Path]:
         raise InputError(key, spec, remedy)
     path = Path(spec).expanduser()
     if os.path.isdir(path):  # unlike Path's methods, False where a parent folder may not be read
-        files = [p for p in walk_files(path) if text_suffix(p) in (*TEXT_SUFFIXES, ".parquet", SHARD_SUFFIX)]
+        known = (*TEXT_SUFFIXES, ".parquet", SHARD_SUFFIX)
+        files = [p for p in walk_files(path) if text_suffix(p) in known and p.is_file()]
     elif os.path.isfile(path):
         files = [path]
     else:
@@ -282,11 +283,13 @@ def row_text(row: str, name: str, key: str, text_key: str) -> str:
     """The text field of one JSONL row. Raises InputError naming file and line."""
     try:
         fields = json.loads(row)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(key, name, f"the line is not JSON ({error}): one JSON object a line") from error
     text = fields.get(text_key) if isinstance(fields, dict) else None
     if not isinstance(text, str):
         keys = f"it has {', '.join(map(str, fields)) or 'none'}" if isinstance(fields, dict) else "not an object"
+        if isinstance(fields, dict) and text_key in fields:
+            keys = f"it is {json.dumps(text)[:20]}"
         remedy = f"the row has no text under {text_key!r} ({keys}): name the field with --data.text_key"
         raise InputError(key, name, remedy)
     # A row may spell half of a surrogate pair ("\ud800"): no text has one, and no encoder takes it.

@@ -87,7 +87,7 @@ class Trainer:
     """The loop over updates, and what happens between them."""
 
     def __init__(self, run: Prepared, progress: Progress):
-        self.cfg, self.data, self.state, self.out = run.cfg, run.dataset, run.state, run.out
+        self.cfg, self.data, self.state, self.out, self.lock = run.cfg, run.dataset, run.state, run.out, run.lock
         self.model, self.optimizer, self.progress = run.model, run.optimizer, progress
         self.device = next(run.model.parameters()).device
         compiled = torch.compile(run.model) if run.cfg.train.compile else run.model
@@ -107,7 +107,7 @@ class Trainer:
         self.metrics = MetricsLog(self.out, state.step, saved=saved)
         pin_memory = self.device.type == "cuda"
         loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples, pin_memory)
-        with self.metrics, loader, self._signals(), self._kernels():
+        with self.lock, self.metrics, loader, self._signals(), self._kernels():
             self._begin()
             return self._loop(loader)
 
@@ -120,17 +120,18 @@ class Trainer:
                 seconds = self.meter.restart()
                 self.progress.note(f"compile: the first update took {seconds:.1f} s, most of it compilation")
             first = False
-            last = self._is_last()
-            self._log(update, last)
+            last, stop = self._is_last(), self.stop_signal  # one look at the signal an iteration
+            save = self._due(train.save_every, last) or stop is not None
+            self._log(update, last, save)
             if self._due(train.eval_every, last):
                 self._evaluate(full=last)
             if self._due(train.sample_every, last):
                 self._sample()
-            saved = (self._due(train.save_every, last) or self.stop_signal) and self._save()
+            saved = save and self._save()
             if last:
-                return self._end(bool(saved))
-            if self.stop_signal:
-                return self._interrupted(bool(saved))
+                return self._end(saved)
+            if stop is not None:
+                return self._interrupted(stop, saved)
         raise AssertionError("the loader never ends")
 
     def _begin(self) -> None:
@@ -158,22 +159,23 @@ class Trainer:
         state.step += 1
         state.samples += cfg.train.batch_size
         state.tokens += tokens
+        state.seconds = time.monotonic() - self.clock
         self.meter.count(tokens)
         return Update(state.step, lr, loss, grad_norm)
 
-    def _log(self, update: Update, last: bool) -> None:
+    def _log(self, update: Update, last: bool, save: bool) -> None:
         """Write what is due; on a GPU only then does the host wait for the device."""
         train = self.cfg.train
         write = self.state.step == 1 or last or self.state.step % train.log_every == 0
         self.unread.append(update)
-        saves = self._due(train.save_every, last) or self.stop_signal
-        if write or saves or self.device.type == "cpu":
+        if write or save or self.device.type == "cpu":
             self._read_norms()
         if write:
             speed, mfu = self.meter.read()
-            line = {"loss": float(update.loss), "lr": update.lr, "grad_norm": float(update.grad_norm)}
-            self.metrics.write("train", **self._when(), **line, tokens_per_second=speed, mfu=mfu)
-            self.progress.update(update.step, self._expected_steps(), line["loss"], speed, mfu)
+            loss, grad_norm = float(update.loss), float(update.grad_norm)
+            line = {"loss": loss, "lr": update.lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
+            self.metrics.write("train", **self._when(), **line)  # type: ignore[arg-type]
+            self.progress.update(update.step, self._expected_steps(), loss, speed, mfu)
 
     def _read_norms(self) -> None:
         """Count the updates that were skipped because their gradient was not finite; stop after too many in a row."""
@@ -215,9 +217,12 @@ class Trainer:
         if tokenizer is None or start is None:
             return
         with self.meter.paused():
-            seed = int(hash32(torch.tensor(self.cfg.seed + self.state.step)))
+            seed = int(hash32(torch.tensor((self.cfg.seed + self.state.step) % 2**63)))
             sample = draw_sample(self.model, tokenizer, start, seed=seed, is_code=self.data.is_code)
-        append_sample(self.out / "samples.md", sample, step=self.state.step, tokens=self.state.tokens)
+        try:
+            append_sample(self.out / "samples.md", sample, step=self.state.step, tokens=self.state.tokens)
+        except OSError as error:
+            warn(f"samples.md cannot be written ({error.strerror}); training goes on")
         self.metrics.write("sample", **self._when(), tokenizes=sample.tokenizes)
         share = "" if sample.tokenizes is None else f" ({sample.tokenizes:.0%} of its lines tokenize as Python)"
         self.progress.note(f"step {self.state.step}: sampled{share}\n{sample.texts[0].strip()}")
@@ -241,8 +246,8 @@ class Trainer:
                 warn(f"{failure}; training goes on, the last good checkpoint is kept")
                 return False
             checkpoint.prune(self.out, self.cfg.train.keep, self.cfg.train.keep_best)
+            self.metrics.write("save", **when)
             draw_loss(self.out)
-        self.metrics.write("save", **when)
         return True
 
     def _end(self, saved: bool) -> int:
@@ -251,14 +256,13 @@ class Trainer:
             warn("the last step's checkpoint is missing; make room, and the same command with --out writes it")
         return 0 if saved else 1
 
-    def _interrupted(self, saved: bool) -> int:
-        assert self.stop_signal is not None
-        name = signal.Signals(self.stop_signal).name
+    def _interrupted(self, number: int, saved: bool) -> int:
+        name = signal.Signals(number).name
         if not saved:
             warn(f"{name}: stopped without a new checkpoint; the same command with --out {self.out} goes on")
             return 1
         self.progress.note(f"{name}: saved at step {self.state.step}; the same command with --out {self.out} goes on")
-        return 128 + self.stop_signal
+        return 128 + number
 
     def _is_last(self) -> bool:
         if self.total_steps is not None:
@@ -311,7 +315,8 @@ class Trainer:
             if self.stop_signal is not None:
                 os._exit(128 + number)
             self.stop_signal = number
-            self.progress.note(f"{signal.Signals(number).name}: saving at the end of this step; again to leave at once")
+            text = f"{signal.Signals(number).name}: saving at the end of this step; again to leave at once\n"
+            os.write(2, text.encode())  # not through a buffer that the interrupted code may be writing to
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -350,6 +355,8 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # queued updates are no pause
         start = time.monotonic()
         yield
         self.since += time.monotonic() - start

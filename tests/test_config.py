@@ -306,9 +306,12 @@ def test_no_length_at_all_is_refused():
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(100, 25), (8, 8), (512, 32), (7, 7), (37, 1)])
-def test_a_presets_micro_batch_fits_itself_to_a_higher_layers_batch(batch: int, micro: int):
-    assert parse_config(["--preset", "gpt2", *CPU]).train.micro_batch_size == 32
-    assert parse_config(["--preset", "gpt2", "--train.batch_size", str(batch)]).train.micro_batch_size == micro
+def test_a_files_micro_batch_fits_itself_to_a_higher_layers_batch(batch: int, micro: int, tmp_path: Path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train: {batch_size: 512, micro_batch_size: 32}\n")
+    arguments = ["--preset", "gpt2", "--config", str(file), *CPU]
+    assert parse_config(arguments).train.micro_batch_size == 32
+    assert parse_config([*arguments, "--train.batch_size", str(batch)]).train.micro_batch_size == micro
 
 
 def test_a_presets_warm_up_may_outlast_a_short_run():

@@ -84,6 +84,14 @@ def test_the_command_takes_another_file(run: Path, tmp_path: Path, capsys: pytes
     assert "accuracy" not in report
 
 
+def test_a_validation_split_that_changed_is_refused(tmp_path: Path):
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    train(corpus, tmp_path / "run")
+    corpus.write_text(corpus.read_text().replace("cat", "cow"))
+    with pytest.raises(InputError, match="changed since"):
+        evaluate_module.main([str(tmp_path / "run")])
+
+
 def test_generate_prints_prompt_and_samples(run: Path, capsys: pytest.CaptureFixture[str]):
     arguments = [str(run), "--prompt", "the cat", "--max_new_tokens", "20", "--num_samples", "2", "--seed", "3"]
     generate_module.main(arguments)
@@ -113,6 +121,8 @@ def test_generate_without_a_prompt_begins_a_text(run: Path, capsys: pytest.Captu
         (generate_module, ["{run}", "--top_k", "0"], "--top_k: got 0"),
         (generate_module, ["{run}", "--num_samples", "0"], "--num_samples: got 0"),
         (generate_module, ["{run}", "--promt", "x"], "--prompt"),
+        (generate_module, ["{run}", "--seed", "-1"], "--seed: got -1"),
+        (generate_module, ["{run}", "--prompt", "\udcff"], "--prompt"),
         (evaluate_module, ["{run}", "--metrics", "bleu"], "bleu"),
         (evaluate_module, ["{run}", "--batch_size", "0"], "--batch_size: got 0"),
         (evaluate_module, ["{run}", "--data.path", "/no/such/file"], "/no/such/file"),

@@ -67,4 +67,7 @@ def test_memory_falls_with_recompute_and_grows_with_the_batch():
 def test_peak_is_known_by_the_devices_name():
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("some CPU") is None
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("NVIDIA L40") == 181e12
+    for other in ("some CPU", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"):
+        assert peak_flops(other) is None

@@ -75,6 +75,7 @@ def counts(**options: object) -> torch.Tensor:
         ({"top_p": 0.01}, [1, 0, 0, 0]),
         ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
         ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1, 0, 0, 0]),
         ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
     ],
     ids=str,

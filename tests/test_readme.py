@@ -127,7 +127,7 @@ def test_the_error_shown_is_the_error_given():
 
 def test_every_preset_is_listed():
     listed = [name for row in table("preset") for name in names(row[0])]
-    assert sorted(listed) == sorted(name for name in presets() if name != "default-cuda")
+    assert sorted(listed) == sorted(presets())
 
 
 def test_every_public_function_is_listed_with_its_kernel():

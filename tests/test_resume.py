@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from test_model import build
 from tiny import events, final_weights, flags, record, spawn, train, write_corpus
 
-from fastlm.config import load_config
+from fastlm import checkpoint
+from fastlm.config import OptimConfig, load_config
 from fastlm.errors import InputError
+from fastlm.optim import build_optimizer
 from fastlm.train import Trainer, main
 
 EVERY = ["--train.eval_every", "3", "--train.save_every", "2", "--train.sample_every", "4"]
@@ -200,6 +204,98 @@ def test_changed_data_is_refused(tmp_path: Path):
         train(corpus, out, *EVERY, steps=STEPS)
 
 
+def test_a_kill_behind_the_last_checkpoint_leaves_no_gap(corpus: Path, tmp_path: Path):
+    """The record is completed by the next start, which has nothing else to do."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(corpus, whole)
+    train(corpus, broken)
+    path = broken / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True)[:-2]))
+    (broken / "loss.png").unlink()
+    assert train(corpus, broken) == 0
+    assert record(broken) == record(whole)
+    assert (broken / "loss.png").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_bad_is_left_alone(corpus: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train(corpus, out, "--train.save_every", "2")
+    for manifest in out.glob("checkpoints/*/MANIFEST.json"):
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="format 2"):
+        train(corpus, out, "--train.save_every", "2")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus: Path, tmp_path: Path):
+    """A name that we use too does not make it ours."""
+    out = tmp_path / "project"
+    (out / "checkpoints/step_00000500").mkdir(parents=True)
+    (out / "checkpoints/step_00000500/weights").write_text("mine")
+    (out / "config.yaml").write_text("my: precious\n")
+    with pytest.raises(InputError, match="project"):
+        train(corpus, out)
+    (out / "checkpoints/step_00000500/weights").unlink()
+    (out / "checkpoints/step_00000500").rmdir()
+    with pytest.raises(InputError, match="my"):
+        train(corpus, out)
+    assert (out / "config.yaml").read_text() == "my: precious\n"
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_bad_checkpoint_is_put_aside_and_kept(corpus: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train_until(5, corpus, out, *EVERY)
+    flip_byte(out / "checkpoints/step_00000004/optimizer.safetensors")
+    train(corpus, out, *EVERY, steps=STEPS)
+    assert len(list(out.glob("checkpoints/bad-step_00000004-*"))) == 1
+    assert events(out, "start")[-1]["step"] == 2
+
+
+def test_a_run_without_a_checkpoint_is_still_a_run(corpus: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    train_until(1, corpus, out, *EVERY)
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="--seed"):
+        train(corpus, out, *EVERY, "--seed", "77", steps=STEPS)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_process_is_refused(corpus: Path, tmp_path: Path):
+    from fastlm.run import lock_directory
+
+    out = tmp_path / "run"
+    train_until(5, corpus, out, *EVERY)
+    before = (out / "metrics.jsonl").read_bytes()
+    with lock_directory(out), pytest.raises(InputError, match="another process"):
+        train(corpus, out, *EVERY, steps=STEPS)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert train(corpus, out, *EVERY, steps=STEPS) == 0, "the lock goes with its holder"
+
+
+def test_several_processes_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="later version"):
+        train(corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_muons_step_counters_go_back_where_the_parameters_are():
+    """As on a GPU: what is restored lies on the parameters' device, here `meta`."""
+    model = build()
+    optimizer = build_optimizer(OptimConfig(name="muon"), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = checkpoint.optimizer_tensors(optimizer, model.named_parameters())
+    elsewhere = build().to("meta")
+    restored = build_optimizer(OptimConfig(name="muon"), elsewhere)
+    checkpoint.restore_optimizer(restored, elsewhere.named_parameters(), saved)
+    devices = {value.device.type for state in restored.state.values() for value in state.values()}
+    assert devices == {"meta"}
+
+
 def test_never_is_refused_where_a_run_is(corpus: Path, tmp_path: Path):
     train(corpus, tmp_path / "run")
     with pytest.raises(InputError, match="holds a run"):
@@ -214,6 +310,8 @@ def test_a_path_may_differ_and_branch(corpus: Path, tmp_path: Path):
     assert code == 0
     assert [line["step"] for line in events(second, "train")] == [7, 8, 9]
     assert events(second, "end")
+    with pytest.raises(InputError, match="give more"):
+        train(corpus, tmp_path / "third", "--resume", str(first))
     with pytest.raises(InputError, match=r"embed\.weight"):
         train(corpus, tmp_path / "third", "--resume", str(first), "--model.n_embd", "32", steps=9)
     assert not (tmp_path / "third").exists()

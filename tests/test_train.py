@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from test_model import build, some_tokens
-from tiny import events, final_weights, flags, record, spawn, train, write_corpus
+from tiny import SHAPE, events, final_weights, flags, record, spawn, train, write_corpus
 
-from fastlm import checkpoint
+from fastlm import checkpoint, log
+from fastlm import train as train_module
 from fastlm.config import OptimConfig
 from fastlm.data import Batch
 from fastlm.errors import GuardStop, InputError
 from fastlm.model import GPT, hash32
 from fastlm.optim import build_optimizer, qkv_split, set_lr
-from fastlm.train import SKIPS_BEFORE_STOP, Trainer, train_step
+from fastlm.run import State, open_run
+from fastlm.train import SKIPS_BEFORE_STOP, Trainer, main, train_step
 
 OPTIMIZERS = ("muon", "adamw", "adam", "sgd", "adagrad", "adadelta", "rmsprop")
 
@@ -151,6 +153,7 @@ class TestRun:
             "loss.png",
             "samples.md",
             "checkpoints",
+            ".lock",
         }
         assert any("tfevents" in path.name for path in out.iterdir())
         assert len(list((out / "checkpoints").iterdir())) == 2, "the two newest; the best is among them"
@@ -161,8 +164,6 @@ class TestRun:
         assert "attention:" in text
 
     def test_its_configuration_repeats_it(self, corpus: Path, tmp_path: Path):
-        from fastlm.train import main
-
         first, second = tmp_path / "first", tmp_path / "second"
         train(corpus, first, "--optim.lr", "0.02")
         assert main(["--config", str(first / "config.yaml"), "--out", str(second)]) == 0
@@ -179,8 +180,6 @@ class TestRun:
         """Nats of every predicted character, over their bytes: recomputed here from the checkpoint's logits."""
         out = tmp_path / "run"
         train(corpus, out)
-        from fastlm.run import open_run
-
         run = open_run(str(out), "cpu")
         assert run.tokenizer is not None
         text = corpus.read_text()
@@ -206,8 +205,6 @@ class TestRun:
     def test_epochs_count_windows(self, corpus: Path, tmp_path: Path):
         from tiny import SHAPE
 
-        from fastlm.train import main
-
         out = tmp_path / "run"
         arguments = ["--data.path", str(corpus), "--out", str(out), *SHAPE, "--train.epochs", "0.5"]
         assert main([*arguments, "--train.batch_size", "16"]) == 0
@@ -217,8 +214,6 @@ class TestRun:
     def test_a_time_limit_ends_the_run_whole(self, corpus: Path, tmp_path: Path):
         from tiny import SHAPE
 
-        from fastlm.train import main
-
         out = tmp_path / "run"
         arguments = ["--data.path", str(corpus), "--out", str(out), *SHAPE, "--train.max_seconds", "0.3"]
         assert main(arguments) == 0
@@ -226,6 +221,12 @@ class TestRun:
         assert events(out, "end")[0]["seconds"] >= 0.3
         rates = [line["lr"] for line in events(out, "train")]
         assert rates[-1] < rates[0], "the schedule follows the clock"
+
+    def test_a_time_limit_needs_no_log_line_to_be_seen(self, corpus: Path, tmp_path: Path):
+        quiet = ["--train.log_every", "1000000", "--train.eval_every", "null", "--train.save_every", "null"]
+        arguments = ["--data.path", str(corpus), "--out", str(tmp_path / "run"), *SHAPE, *quiet]
+        assert main([*arguments, "--train.max_seconds", "0.5"]) == 0
+        assert events(tmp_path / "run", "end")
 
     def test_fewer_windows_than_a_batch(self, tmp_path: Path):
         corpus = write_corpus(tmp_path / "small.txt", sentences=5)
@@ -312,17 +313,36 @@ class TestGuards:
         assert ("last step's checkpoint is missing" in err) == bool(code)
 
 
-def test_tied_weights_are_one_tensor_after_loading(corpus: Path, tmp_path: Path):
-    from fastlm.run import open_run
+def test_what_cannot_be_written_beside_the_record_stops_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(train_module, "append_sample", full)
+    monkeypatch.setattr(log.EventFile, "_write_waiting", full)
+    assert train(corpus, tmp_path / "run") == 0
+    err = capsys.readouterr().err
+    assert "samples.md cannot be written" in err
+    assert err.count("TensorBoard's file cannot be written") == 1
+    assert events(tmp_path / "run", "end")
+
+
+def test_output_that_the_terminal_cannot_show_stops_nothing(tmp_path: Path):
+    corpus = tmp_path / "emoji.txt"
+    corpus.write_text("smile 😀 and wave 👋\n" * 300)
+    process = spawn(flags(corpus, tmp_path / "run", steps=2), PYTHONIOENCODING="ascii")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def test_tied_weights_are_one_tensor_after_loading(corpus: Path, tmp_path: Path):
     train(corpus, tmp_path / "run", "--model.family", "gpt2", "--optim.name", "adamw")
     model: GPT = open_run(str(tmp_path / "run"), "cpu").model
     assert model.head.weight is model.embed.weight
 
 
 def test_state_is_all_json(corpus: Path, tmp_path: Path):
-    from fastlm.run import State
-
     train(corpus, tmp_path / "run")
     state = json.loads((tmp_path / "run/checkpoints/step_00000006/state.json").read_text())
     assert {field.name for field in dataclasses.fields(State)} <= set(state)

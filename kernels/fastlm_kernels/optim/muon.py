@@ -144,6 +144,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             return
         if not param_group["use_muon"]:
             param_group.setdefault("lr", self._adamw_lr)
+            param_group.setdefault("fused", True)  # torch's sign for: "step" lives on the parameter's device
         _add_param_group(self, param_group)
         _check_group(self.param_groups[-1])
 

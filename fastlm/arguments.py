@@ -340,9 +340,7 @@ def _flatten_yaml(tree: dict[Any, Any], prefix: str, fields: Mapping[str, Leaf],
             raise unknown_key(key, value, [*_sections(fields), *fields], fields, flag=False, file=file)
 
 
-def help_text(
-    cls: type, command: str, positional: str | None = None, extra: str = "", defaults: Values | None = None
-) -> str:
+def help_text(cls: type, command: str, positional: str | None = None, extra: str = "") -> str:
     """One line a setting, grouped by section: flag, default, meaning. `extra` goes before the settings."""
     lines = [
         f"usage: python -m {command}" + (f" {positional.upper()}" if positional else "") + " [--KEY VALUE ...]",
@@ -355,7 +353,7 @@ def help_text(
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
             lines += [""]
-        default = (defaults or {}).get(key, leaf.default)
+        default = leaf.default
         name = key.upper() if key == positional else f"--{key}"
         shown = "required" if default is dataclasses.MISSING else _yaml_value(default)
         meaning = "; ".join(part for part in (" | ".join(choices(leaf.hint)), meanings.get(key)) if part)

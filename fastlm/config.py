@@ -360,7 +360,7 @@ def _check(cfg: Config, origin: Mapping[str, str | None], flags: Mapping[str, st
     """`validate`, what only a typed line can get wrong, and each error told in the words of its origin."""
     try:
         validate(cfg)
-        _check_tokenizer(cfg.data.tokenizer)
+        check_tokenizer_name(cfg.data.tokenizer)
         # A preset's warm-up may outlast a short trial run; one typed beside that length is a mistake.
         warmup, steps = cfg.optim.warmup_steps, cfg.train.steps
         if "optim.warmup_steps" in flags and steps is not None and warmup >= steps:
@@ -370,12 +370,14 @@ def _check(cfg: Config, origin: Mapping[str, str | None], flags: Mapping[str, st
         raise complaint(key, flags.get(key, error.value), error.remedy, origin.get(key)) from None
 
 
-def _check_tokenizer(name: str) -> None:
-    if name in TOKENIZERS or os.path.exists(name):
+def check_tokenizer_name(name: str) -> None:
+    """Raise InputError unless `name` is one of TOKENIZERS, or a path that exists."""
+    if name in TOKENIZERS or os.path.exists(os.path.expanduser(name)):
         return
-    near = difflib.get_close_matches(name, TOKENIZERS, n=1)
+    near = difflib.get_close_matches(name, TOKENIZERS, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]}?" if near else ""
-    raise InputError("--data.tokenizer", name, f"choose one of {', '.join(TOKENIZERS)}, or an existing path{guess}")
+    choices = f"choose one of {', '.join(TOKENIZERS)}, or the path of a tokenizer.json or its directory"
+    raise InputError("--data.tokenizer", name, choices + guess)
 
 
 def presets() -> dict[str, Path]:
@@ -421,7 +423,8 @@ def resolve_device(name: str) -> str:
 def config_help() -> str:
     """The text of `--help`."""
     extra = f"""\
-  --preset NAME            {", ".join(presets())}
+presets: {", ".join(presets())}
+
   --config FILE.yaml       settings of a file, over the preset's and under the flags'
   --print_config           print the whole configuration as YAML and exit
   --help                   print this and exit"""

@@ -18,16 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastlm.config import DataConfig
+from fastlm.config import TOKENIZERS, DataConfig, check_tokenizer_name
 from fastlm.corpus import Notify, TextCorpus, cached_shards, cached_text, file_digest, remembered
 from fastlm.errors import InputError
 from fastlm.shards import Shard, TokenStream, check_ids, largest_id, open_shard
 from fastlm.text import SHARD_SUFFIX, TextSource, embedded_source, find_files
 from fastlm.tokenizer import (
     FILE_NAME,
-    KINDS,
     Tokenizer,
-    check_tokenizer_name,
     check_vocab_size,
     load_tokenizer,
     ready_tokenizer,
@@ -112,7 +110,7 @@ def open_text(cfg: DataConfig, files: list[Path], val_files: list[Path], notify:
     corpus = text_corpus(cfg, files, val_files)
     folder, meta = cached_shards(corpus, notify)
     tokenizer = load_tokenizer(folder)
-    if cfg.tokenizer in KINDS:
+    if cfg.tokenizer in TOKENIZERS:
         tokenizer.name = cfg.tokenizer
     train, val = (stored_stream(folder, meta["parts"][part]) for part in ("train", "val"))
     size = sum(path.stat().st_size for path in corpus.train.files)
@@ -222,7 +220,7 @@ def shard_vocabulary(cfg: DataConfig, shards: Sequence[Shard]) -> tuple[Tokenize
     """
     beside = shards[0].path.parent / FILE_NAME
     tokenizer = None
-    if cfg.tokenizer in KINDS and beside.exists():
+    if cfg.tokenizer in TOKENIZERS and beside.exists():
         tokenizer = load_tokenizer(beside, "--data.path")
     elif cfg.tokenizer == "char":
         remedy = f"shards hold no text to take characters from: put their {FILE_NAME} beside them, or name it"

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.config import TOKENIZERS, check_tokenizer_name
 from fastlm.errors import InputError
 
-KINDS = ("bpe", "byte", "char", "gpt2")
 EOT = "<|endoftext|>"
 # Separators by which other families know the end of a document, looked up in this order.
 SEPARATORS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -213,7 +213,7 @@ def load_tokenizer(path: Path, key: str = "--data.tokenizer") -> Tokenizer:
 
         return Tokenizer(Backend.from_str(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        remedy = f"no such file: one of {', '.join(KINDS)}, or a tokenizer.json or its directory"
+        remedy = f"no such file: one of {', '.join(TOKENIZERS)}, or a tokenizer.json or its directory"
         raise InputError(key, path, remedy) from error
     except Exception as error:  # the library raises plain Exception for a file that it cannot parse
         remedy = f"not a tokenizer.json of Hugging Face's tokenizers library ({one_line(error)})"
@@ -268,18 +268,6 @@ def find_gpt2() -> Path:
     target = cache_root() / "gpt2" / FILE_NAME
     remedy = f"its files are not on this machine: curl -L --create-dirs -o {target} {url}"
     raise InputError("--data.tokenizer", "gpt2", remedy)
-
-
-def check_tokenizer_name(name: str) -> None:
-    """Raise InputError unless `name` is a kind, or a path that exists."""
-    import difflib
-
-    if name in KINDS or Path(name).expanduser().exists():
-        return
-    near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    remedy = f"{hint}one of {', '.join(KINDS)}, or the path of a tokenizer.json or its directory"
-    raise InputError("--data.tokenizer", name, remedy)
 
 
 def ready_tokenizer(name: str) -> Tokenizer | None:

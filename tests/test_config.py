@@ -105,7 +105,7 @@ BAD_FLAGS = [
     (["--optim.schedule", "cosin"], "--optim.schedule", "cosin", "did you mean cosine?"),
     (["--model.family", "GPT2"], "--model.family", "GPT2", "did you mean gpt2?"),
     (["--data.tokenizer", "bpee"], "--data.tokenizer", "bpee", "did you mean bpe?"),
-    (["--data.tokenizer", "no/such.json"], "--data.tokenizer", "no/such.json", "existing path"),
+    (["--data.tokenizer", "no/such.json"], "--data.tokenizer", "no/such.json", "path of a tokenizer.json"),
     (["--data.bin_format", "uint32"], "--data.bin_format", "uint32", "did you mean uint16?"),
     (["--device", "gpu"], "--device", "gpu", "choose one of auto, cpu, cuda, mps"),
     (["--train.precision", "fp16"], "--train.precision", "fp16", "did you mean bf16?"),
@@ -626,3 +626,11 @@ def test_importing_needs_only_numpy_torch_and_the_standard_library():
     block += "import fastlm.config, fastlm.checkpoint, fastlm.log, fastlm.plot, fastlm.errors, fastlm.arguments"
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: 1\n", "{[1]: 2}: 3\n", "[" * 3000], ids=["list", "nested", "deep"])
+def test_a_key_that_is_no_word_is_one_clear_line(text: str, tmp_path: Path):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"my\.yaml"):
+        parse_config(["--config", str(file), *CPU])

@@ -172,3 +172,9 @@ def test_sampling_does_not_disturb_training_tensors():
 
     generate(model, [1], max_new_tokens=5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_terminal_gets_no_control_characters():
+    from fastlm.samples import printable
+
+    assert printable("a\tb\nc\x1b[31m\x00") == "a\tb\nc\\x1b[31m\\x00"

@@ -363,3 +363,18 @@ def test_a_disk_that_refuses_the_plot_costs_a_warning(tmp_path: Path, capsys):
     (tmp_path / "loss.png").mkdir()
     draw_loss(tmp_path)
     assert "loss.png not drawn" in capsys.readouterr().err
+
+
+def test_lines_of_another_hand_are_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"event": "train", "step": 1, "tokens": 2, "seconds": 0.1}\n'
+    path.write_bytes(good + b'{"event": "train", "step": "x"}\n[1]\n\xff\xfe\n' + good[:20])
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
+def test_what_an_encoding_lacks_is_spelled_out():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Progress(file) as progress:
+        progress.note("smile 😀")
+    file.seek(0)
+    assert file.read() == "smile \\U0001f600\n"

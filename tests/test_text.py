@@ -309,3 +309,12 @@ def test_content_hash_does_not_depend_on_the_cuts() -> None:
     some = [json.dumps(i) for i in range(200)]
     assert len({text.content_hash([x]) for x in some}) == 200
     assert all(text.content_hash([a])[0] != text.content_hash([b])[0] for a, b in itertools.pairwise(some))
+
+
+def test_a_row_nested_too_deep_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="not JSON"):
+        text.row_text(path.read_text(), "deep.jsonl:1", "--data.path", "text")
+    with pytest.raises(InputError, match="it is null"):
+        text.row_text('{"text": null}', "x.jsonl:1", "--data.path", "text")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from fastlm import tokenizer as module
+from fastlm.config import check_tokenizer_name
 from fastlm.errors import InputError
 from fastlm.tokenizer import (
     EOT,
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
-    check_tokenizer_name,
     load_tokenizer,
     ready_tokenizer,
     train_bpe,

@@ -81,6 +81,15 @@ def test_exit_code_follows_the_rows(
     assert not replace(rows[0], shared_bytes=rows[0].shared_limit + 1).ok
 
 
+def test_hash_is_of_the_code_alone() -> None:
+    """Comments, blank lines and docstrings may change under a report; a constant, or a string in the code, may not."""
+    code = '''"""Module."""\n\nclass A:\n    """Two\n    lines."""\n\n    x = f"a {1}"\n'''
+    assert aot.code_lines(code) == ["class A:", '    x = f"a {1}"']
+    same = code.replace("Two\n", "Three\n\n").replace("\n\nclass", "\n# why  \nclass").replace("\n", "\r\n")
+    assert aot.code_lines(same) == aot.code_lines(code)
+    assert aot.code_lines(code.replace("{1}", "{2}")) != aot.code_lines(code)
+
+
 def test_committed_report_is_fresh_and_clean() -> None:
     """Made from these sources, for every architecture and every tile of the tables, without a spill."""
     sources, found = aot.read_report(aot.REPORT)

@@ -2,8 +2,10 @@
 
     python -m fastlm_kernels.aot                 one size of each kernel for sm_89 and sm_90
     python -m fastlm_kernels.aot --arch sm_80    ... for other architectures (may be repeated)
-    python -m fastlm_kernels.aot --all           every shipped configuration for every supported architecture;
-                                                 rewrites aot_report.csv beside this file
+    python -m fastlm_kernels.aot --all           every shipped configuration for every supported architecture, in bf16
+                                                 on and off 16-byte boundaries and in fp32 on them, parameters of
+                                                 another dtype and fp16 at one size each; rewrites aot_report.csv
+                                                 beside this file
 
 What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
 backward, their launches are recorded and specialised by Triton's own launcher code, once with pointers on 16-byte
@@ -199,17 +201,15 @@ def _load_widths(code: str, amd: bool) -> str:
 
 
 def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
-    """What to compile: one size of each kernel, or one for each shipped configuration."""
-    # One row length for each tile of the tables, and one past the last, which is walked in blocks.
-    lengths = [config.block_n for config in configs.NORM_FORWARD["generic"]] if every else [1024]
-    lengths += [2 * lengths[-1]] if every else []
+    """What to compile: each kernel's last quick case, or its cases for every shipped configuration."""
     variants = [(torch.bfloat16, True), (torch.bfloat16, False)] + [(torch.float32, True)] * every
-    for index in range(len(KERNELS)):
+    for index, kernel in enumerate(KERNELS):
         for architecture in architectures:
-            for columns in lengths:
-                case = (("rows", 4096), ("columns", columns))
+            for case in kernel.compiled if every else kernel.quick[-1:]:
                 for dtype, aligned in variants:
-                    yield Job(index, case, dtype, architecture, aligned)
+                    yield Job(index, tuple(case.items()), dtype, architecture, aligned)
+            if every:
+                yield Job(index, tuple(kernel.quick[-1].items()), torch.float16, architecture, True)
 
 
 def run(job: Job) -> list[Row]:
@@ -218,17 +218,25 @@ def run(job: Job) -> list[Row]:
     return [describe(launch, job.architecture, job.aligned) for launch in launches]
 
 
+def code_lines(source: str) -> list[str]:
+    """The lines of `source` without blank lines, lines of comment and docstrings; the same under every Python."""
+    left_out: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            left_out.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    numbered = ((number, line.rstrip()) for number, line in enumerate(source.splitlines(), 1))
+    return [line for number, line in numbered if number not in left_out and line and line.lstrip()[0] != "#"]
+
+
 def source_hash() -> str:
-    """SHA-256 of what decides the binaries: the kernel modules and the tables, without comments and docstrings."""
+    """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
     modules = {kernel.fused.__module__ for kernel in KERNELS}
-    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "_runtime")}
+    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_runtime")}
     digest = hashlib.sha256()
     for name in sorted(modules):
-        tree = ast.parse(inspect.getsource(importlib.import_module(name)))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-                node.body = node.body[1:]
-        digest.update(ast.dump(tree).encode())
+        # The text, not a dump of its syntax tree: what a dump looks like changes with the version of Python.
+        lines = code_lines(inspect.getsource(importlib.import_module(name)))
+        digest.update("\n".join(lines).encode())
     return digest.hexdigest()
 
 

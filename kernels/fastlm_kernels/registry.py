@@ -1,6 +1,8 @@
 """Every kernel, once. Tests, benches, `check`, `aot` and the README's table iterate over `KERNELS`.
 
-Adding a kernel is one file and one entry here.
+Adding a kernel of (rows, columns) is one file and one entry here. `check`, `aot` and the benches read any family's
+cases from its entry; the tests of what holds for every kernel build their own from rows and columns, so a family of
+other shapes brings its own to them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import norm
+from . import configs, norm
 
 Case = dict[str, Any]
 
@@ -26,7 +28,9 @@ class Kernel:
     reference  the same signature in plain PyTorch: CPU path, truth (in fp64) and baseline
     inputs     (dtype, device, seed, **case) -> positional arguments, the differentiable ones requiring grad
     small      cases for tests: odd lengths, views, every branch of the kernel
-    large      cases for benches
+    quick      cases of moderate size: benches on a CPU; the last is what the quick ahead-of-time report compiles
+    large      cases for benches on a GPU
+    compiled   cases that reach every shipped configuration: the full ahead-of-time report
     traffic    (case, dtype, backward) -> bytes that must move
     flops      (case, backward) -> floating-point operations
     """
@@ -35,7 +39,9 @@ class Kernel:
     reference: Callable[..., Any]
     inputs: Callable[..., tuple[Any, ...]]
     small: tuple[Case, ...]
+    quick: tuple[Case, ...]
     large: tuple[Case, ...]
+    compiled: tuple[Case, ...]
     traffic: Callable[[Case, torch.dtype, bool], int]
     flops: Callable[[Case, bool], int]
 
@@ -74,6 +80,7 @@ _SMALL_SIZES = ((1, 1), (3, 5), (70, 64), (9, 100), (5, 768), (2, 1023), (11, 20
 _LARGE_SIZES = tuple(
     (rows, columns) for rows in (1, 128, 8192, 65536) for columns in (256, 768, 1024, 2048, 4096, 8192)
 )
+_QUICK = ({"rows": 128, "columns": 256}, {"rows": 128, "columns": 768})
 _LARGE = tuple({"rows": rows, "columns": columns} for rows, columns in _LARGE_SIZES)
 _OTHER = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -142,6 +149,12 @@ def _add_layer_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
 
 
 _NORM_CASES = _small({"weight": False}, {"mixed": True}, {"eps": 0.1})
+# One row length for each tile of the tables, and one past the last, which is walked in blocks.
+_NORM_TILES = tuple(config.block_n for config in configs.NORM_FORWARD["generic"])
+_NORM_COMPILED = (
+    *({"rows": 4096, "columns": columns} for columns in (*_NORM_TILES, 2 * _NORM_TILES[-1])),
+    {"rows": 4096, "columns": 1024, "mixed": True},
+)
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel(
@@ -149,7 +162,9 @@ KERNELS: tuple[Kernel, ...] = (
         norm.rms_norm_reference,
         _norm_inputs,
         _NORM_CASES,
+        _QUICK,
         _LARGE,
+        _NORM_COMPILED,
         _norm_traffic(residual=False),
         _norm_flops(4),
     ),
@@ -158,7 +173,9 @@ KERNELS: tuple[Kernel, ...] = (
         norm.add_rms_norm_reference,
         _add_rms_norm_inputs,
         _NORM_CASES,
+        _QUICK,
         _LARGE,
+        _NORM_COMPILED,
         _norm_traffic(residual=True),
         _norm_flops(5),
     ),
@@ -167,7 +184,9 @@ KERNELS: tuple[Kernel, ...] = (
         norm.layer_norm_reference,
         _layer_norm_inputs,
         _NORM_CASES,
+        _QUICK,
         _LARGE,
+        _NORM_COMPILED,
         _norm_traffic(residual=False),
         _norm_flops(7),
     ),
@@ -176,7 +195,9 @@ KERNELS: tuple[Kernel, ...] = (
         norm.add_layer_norm_reference,
         _add_layer_norm_inputs,
         _NORM_CASES,
+        _QUICK,
         _LARGE,
+        _NORM_COMPILED,
         _norm_traffic(residual=True),
         _norm_flops(8),
     ),

@@ -69,6 +69,8 @@ NORMS: dict[str, Call] = {
     "shape longer than input": lambda f: f(x(3), (2, 3)),
     "empty shape": lambda f: f(x(2, 3), ()),
     "shape of strings": lambda f: f(x(2, 3), ("3",)),
+    "shape of bools": lambda f: f(x(2, 1), (True,)),
+    "shape of floats": lambda f: f(x(2, 3), (3.0,)),
     "weight of another size": lambda f: f(x(2, 3), (3,), x(4)),
     "weight a number": lambda f: f(x(2, 3), (3,), 1.0),
     "weight 2-d": lambda f: f(x(2, 3), (3,), x(1, 3)),

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +39,20 @@ def test_explain_computes_nothing_and_tells_the_path() -> None:
         fk.explain(fk.rms_norm, X, (8,), weight_offset=float("inf"))
 
 
-def test_explain_refuses_a_foreign_function() -> None:
-    """Asking it would run it."""
+@pytest.mark.parametrize("fn", [torch.nn.functional.gelu, fk.patch, fk.hf.patch, fk.backend, fk.nn.LayerNorm])
+def test_explain_refuses_what_does_not_ask(fn: Callable[..., Any]) -> None:
+    """Asking it would run it: functions of others, and those of ours that act instead of computing."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8))
     with pytest.raises(ValueError, match="explain: got"):
-        fk.explain(torch.nn.functional.gelu, X)
+        fk.explain(fn, model)
+    assert type(model[0]) is torch.nn.LayerNorm
+
+
+def test_every_public_function_on_tensors_can_be_explained() -> None:
+    """Each is marked: it asks before it computes, or is PyTorch's op."""
+    others = {"backend", "explain", "patch", "unpatch", "Explanation", "hf", "nn", "optim"}
+    unmarked = {n for n in fk.__all__ if not {"_asks", "_without_kernel"} & set(vars(getattr(fk, n)))}
+    assert unmarked == others
 
 
 @pytest.mark.parametrize(

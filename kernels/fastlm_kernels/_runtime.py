@@ -104,13 +104,14 @@ class backend(contextlib.ContextDecorator):
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """The path ("triton" or "torch") that `fn(*args, **kwargs)` would take, and why; computes nothing.
 
-    `fn` is a public function of this package. Raises ValueError for any other function.
+    `fn` is one of this package's functions on tensors. Raises ValueError for anything else.
     """
     reason = getattr(fn, "_without_kernel", None)
     if reason is not None:
         return Explanation("torch", reason)
-    if not getattr(fn, "__module__", "").startswith(__package__ or "fastlm_kernels"):
-        raise ValueError(f"explain: got {fn!r}; pass a public function of {__package__}")
+    # Asking any other function would run it.
+    if not getattr(fn, "_asks", False):
+        raise ValueError(f"explain: got {fn!r}; pass a function of {__package__} that computes, such as rms_norm")
     global _explaining
     outer, _explaining = _explaining, threading.get_ident()
     try:
@@ -119,7 +120,13 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         return answer.explanation
     finally:
         _explaining = outer
-    return Explanation("torch", f"{getattr(fn, '__name__', fn)} has no kernel of its own")
+    raise AssertionError(f"{fn!r} is marked `with_kernel` and did not ask `choose`")
+
+
+def with_kernel(fn: Public) -> Public:
+    """Mark a public function that asks `choose` before it computes anything, so that `explain` may call it."""
+    fn._asks = True  # type: ignore[attr-defined]
+    return fn
 
 
 def without_kernel(reason: str) -> Callable[[Public], Public]:

@@ -1,26 +1,26 @@
 """LayerNorm and RMSNorm, alone or with the residual addition that comes before them.
 
-    RMSNorm     rstd = 1 / sqrt(mean(x^2) + eps)              x^ = x rstd            y = x^ (w +
-    weight_offset) LayerNorm   rstd = 1 / sqrt(mean((x - mean)^2) + eps)     x^ = (x - mean) rstd   y = x^ w +
-    b
+    RMSNorm     rstd = 1 / sqrt(mean(x^2) + eps)              x^ = x rstd            y = x^ (w + weight_offset)
+    LayerNorm   rstd = 1 / sqrt(mean((x - mean)^2) + eps)     x^ = (x - mean) rstd   y = x^ w + b
 
 with means over a row of N elements. One kernel serves both (SUBTRACT_MEAN). With a residual r the row is
 h = round(x + r), rounded to r's dtype because that is what the rest of the model will read.
 
-Backward, with g = dy w the gradient of x^:
+Backward, with g = dy w the gradient of x^, w including its offset:
 
     dx = rstd (g - x^ mean(g x^) - mean(g) if LayerNorm)  + dh if h was used elsewhere
     dw = sum over rows of dy x^                             db = sum over rows of dy
 
-Memory traffic per element, s bytes each (2 in bf16): forward reads x and writes y, 2 s; backward reads x and
-dy and writes dx, 3 s. With a residual: reads x, r and writes h, y, 4 s; backward reads h, dy, dh and writes
-one gradient that serves x and r, 4 s. Saved for backward: x (or h), the weight, and one or two fp32 numbers a
-row.
+Memory traffic per element, s bytes each (2 in bf16): forward reads x and writes y, 2 s; backward reads x and dy and
+writes dx, 3 s. With a residual: reads x, r and writes h, y, 4 s; backward reads h, dy, dh and writes one gradient that
+serves x and r, 4 s. Saved for backward: x (or h), the weight, and one or two fp32 numbers a row.
 
-Rows are independent, so a program keeps whole rows in registers: one read, one write. Statistics and sums are
-fp32. Weight gradients are summed in registers over the rows that one program walks, written to a partial
-buffer (programs x N) and added up in a second small pass in a fixed order: no atomics, the same bits every
-time.
+A program keeps whole rows in registers: one read, one write. Rows longer than the last tile of the tables (8192, or
+4096 for the backward with a bias on some architectures) are walked in blocks: read twice in the forward, three times in
+the backward with weight gradients. Statistics and sums are fp32.
+
+Weight gradients are summed in registers over the rows that one program walks, written to a partial buffer
+(programs x N) and added up in a second small pass in a fixed order: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime, configs
-from ._runtime import Operator, kernel, launch, tl
+from ._runtime import Operator, kernel, launch, tl, with_kernel
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -719,6 +719,8 @@ def _obstacle(input: Any, residual: Any, normalized_shape: Any, weight: Any, bia
             return f"no kernel for {tensor.dtype}"
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return "normalized_shape is not a list of sizes"
+    if not all(isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in normalized_shape):
+        return "a size in normalized_shape is not an int"
     shape = tuple(normalized_shape)
     if input.dim() < len(shape) or tuple(input.shape[-len(shape) :]) != shape:
         return f"the input's shape {tuple(input.shape)} does not end in {shape}"
@@ -755,6 +757,7 @@ def _norm(
 # Public functions.
 
 
+@with_kernel
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -776,6 +779,7 @@ def layer_norm(
     return _norm(input, None, normalized_shape, weight, bias, eps, 0.0, True, _result_dtype(input))[0]
 
 
+@with_kernel
 def rms_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -800,6 +804,7 @@ def rms_norm(
     return _norm(input, None, normalized_shape, weight, None, eps, float(weight_offset), False, dtype)[0]
 
 
+@with_kernel
 def add_layer_norm(
     input: Tensor,
     residual: Tensor,
@@ -821,6 +826,7 @@ def add_layer_norm(
     return _norm(input, residual, normalized_shape, weight, bias, eps, 0.0, True, input.dtype)
 
 
+@with_kernel
 def add_rms_norm(
     input: Tensor,
     residual: Tensor,

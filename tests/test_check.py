@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm_kernels import check
+from fastlm_kernels import _runtime, check
 from fastlm_kernels.check import DTYPES, Error, compare, in_units
-from fastlm_kernels.registry import KERNELS, Kernel
+from fastlm_kernels.registry import KERNELS
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -120,6 +121,19 @@ def test_nan_and_infinity_never_pass() -> None:
     assert not Error("output", nan, 4.0, 0.1, 1.0).ok
     assert not Error("output", 1.0, 4.0, nan, 1.0).ok
     assert not Error("output", float("inf"), 4.0, float("inf"), 1.0).ok
+    assert not Error("output", float("inf"), float("inf"), float("inf"), float("inf")).ok
+
+
+def test_an_error_of_pytorchs_where_none_is_allowed_does_not_excuse_ours() -> None:
+    """Its op errs at an element whose unit is 0: the rule still sees what is wrong elsewhere."""
+    x = torch.cat([torch.zeros(1), numbers(0, 32)])
+
+    def baseline(x: Tensor) -> Tensor:
+        return 2 * x + (0.0 if x.dtype == torch.float64 else 1e-30) * (x == 0)
+
+    assert all(e.ok for e in compare(lambda x: 2 * x, baseline, (x,), (torch.ones(33),)))
+    assert not any(e.ok for e in compare(lambda x: 2.01 * x, baseline, (x,), (torch.ones(33),)))
+    assert not any(e.ok for e in compare(baseline, baseline, (x,), (torch.ones(33),)))
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -159,8 +173,7 @@ def test_command_fails_when_a_kernel_does(monkeypatch: pytest.MonkeyPatch, capsy
     def rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Tensor:
         return good.reference(input, normalized_shape, weight, eps) * 1.1
 
-    rms_norm.__module__ = good.fused.__module__
-    bad = Kernel(rms_norm, good.reference, good.inputs, good.small[:2], good.large, good.traffic, good.flops)
+    bad = replace(good, fused=_runtime.without_kernel("wrong on purpose")(rms_norm), small=good.small[:2])
     monkeypatch.setattr(check, "KERNELS", (bad,))
     assert check.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out.splitlines()

@@ -200,6 +200,7 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
         ({"causal_align": "left"}, "causal_align: got 'left'"),
         ({"key_mask": torch.ones(2, 6, dtype=torch.bool)}, "key_mask: got torch.bool (2, 6)"),
         ({"key_mask": torch.ones(2, 7)}, "key_mask: got torch.float32 (2, 7)"),
+        ({"key_mask": [True]}, "key_mask: got [True]"),
     ],
     ids=str,
 )
@@ -207,6 +208,23 @@ def test_bad_options_are_value_errors_with_the_value(options: dict[str, Any], wo
     with pytest.raises(ValueError, match="give") as error:
         fk.scaled_dot_product_attention(*_qkv(), **options)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"return_lse": True}, {"window_size": (1, 1)}], ids=str)
+def test_masks_that_pytorch_refuses_are_refused_with_our_options_too(options: dict[str, Any]) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    for mask in (*(torch.ones(4, 4, dtype=d) for d in (torch.int64, torch.uint8, torch.float64)), [[1.0]]):
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with pytest.raises((RuntimeError, TypeError)) as theirs:
+                    torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)  # type: ignore[arg-type]
+                with pytest.raises(theirs.type, match="attn_mask: got"):
+                    fk.scaled_dot_product_attention(q, q, q, mask, **options)  # type: ignore[arg-type]
+    half = torch.zeros(4, 4, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        fk.scaled_dot_product_attention(q, q, q, half, **options)
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        fk.scaled_dot_product_attention(q, q, q, half, **options)
 
 
 def test_mixed_dtypes_are_refused_with_our_options_too() -> None:

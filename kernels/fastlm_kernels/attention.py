@@ -50,11 +50,29 @@ def _check_key_mask(key_mask: Tensor | None, query: Tensor, key: Tensor) -> None
     if key_mask is None:
         return
     expected = (query.shape[0], key.shape[-2])
+    if not isinstance(key_mask, Tensor):
+        raise ValueError(f"key_mask: got {key_mask!r}; give a torch.bool tensor (B, S), True = takes part, or None")
     if query.dim() != 4 or key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected:
         raise ValueError(
             f"key_mask: got {key_mask.dtype} {tuple(key_mask.shape)} for query {tuple(query.shape)} and key "
             f"{tuple(key.shape)}; give torch.bool (B, S), True = takes part, with (B, H, T, D) inputs"
         )
+
+
+def _check_attn_mask(attn_mask: Tensor | None, query: Tensor) -> None:
+    """PyTorch's error for a mask that its own operator refuses, which merged or added would be taken."""
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: got {attn_mask!r}; give a tensor that broadcasts to (B, H, L, S), or None")
+    taken = (torch.bool, torch.float32, query.dtype)
+    if torch.is_autocast_enabled(query.device.type):
+        taken = (*taken, torch.float16, torch.bfloat16)  # cast before the operator sees them
+    if attn_mask.dtype in taken:
+        return
+    raise RuntimeError(
+        f"attn_mask: got {attn_mask.dtype} with query {query.dtype}; give torch.bool (True = visible) or {query.dtype}"
+    )
 
 
 def _visible(
@@ -178,6 +196,7 @@ def scaled_dot_product_attention_reference(
         )
     _check_key_mask(key_mask, query, key)
     visible = _visible(query, key, is_causal, window, causal_align == "bottom_right", key_mask)
+    _check_attn_mask(attn_mask, query)
     mask = _merge_masks(attn_mask, visible)
     if not explicit:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)

@@ -33,7 +33,8 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         limit = self.max_grad_norm
-        if limit is not None and not 0 < limit < math.inf:
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if limit is not None and not (number and 0 < limit < math.inf):
             raise ValueError(f"max_grad_norm: got {limit!r}; give a finite number above 0, or None for no clipping")
         if self.state_bits not in (8, 32):
             raise ValueError(f"state_bits: got {self.state_bits!r}; give 32, the only width there is so far")

@@ -125,6 +125,19 @@ def test_the_error_shown_is_the_error_given():
     assert f"error: {error.value}" == shown[1]
 
 
+def test_figures_are_those_on_record():
+    record = json.loads((ROOT / "bench/results/cpu/training.json").read_text())
+    value = {row["name"]: row["value"] for row in record["rows"]}
+    seeds = [number for name, number in value.items() if ".seed" in name]
+    assert value["nanogpt-cpu.val_loss.mean"] == pytest.approx(sum(seeds) / len(seeds), abs=5e-5)
+    assert [row[1] for row in table("run")] == [
+        f"{value['default.bits_per_byte']:.3f} bits per byte",
+        f"{value['default.lines_that_tokenize']:.0%}".replace("%", " %"),
+        f"{value['nanogpt-cpu.val_loss.mean']:.3f} nats a character",
+    ]
+    assert not re.search(r"[A-Z]+_TABLE|TODO|TBD", README)
+
+
 def test_every_preset_is_listed():
     listed = [name for row in table("preset") for name in names(row[0])]
     assert sorted(listed) == sorted(presets())

@@ -107,6 +107,18 @@ def test_committed_report_is_fresh_and_clean() -> None:
             mine = [r for r in found if r["kernel"] == kernel and tile in r["constexprs"]]
             assert {r["architecture"] for r in mine} == set(configs.ARCHITECTURES)
             assert {r["aligned"] for r in mine} == {"True", "False"}
+    assert {row["types"] for row in found} >= {"*bf16 *fp32", "*fp32", "*fp16 *fp32", "*fp32 *bf16"}
+
+
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_up_to_8192_stay_in_registers_where_that_does_not_spill(architecture: str, mixed: bool) -> None:
+    """LayerNorm's backward reads such rows once on all but the architectures and dtypes that would spill."""
+    launches = aot.record(2, {"rows": 64, "columns": 8192, "mixed": mixed}, torch.bfloat16, architecture)
+    backward = next(launch for launch in launches if launch.kernel.__name__ == "norm_backward_kernel")
+    spills = architecture in ("sm_100", "sm_120") or (mixed and architecture != "gfx942")
+    assert backward.constexprs["WHOLE_ROW"] == (not spills)
+    assert aot.describe(backward, architecture, True).ok
 
 
 def test_recording_makes_no_launch_and_ends() -> None:

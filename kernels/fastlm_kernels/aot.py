@@ -4,8 +4,8 @@
     python -m fastlm_kernels.aot --arch sm_80    ... for other architectures (may be repeated)
     python -m fastlm_kernels.aot --all           every shipped configuration for every supported architecture, in bf16
                                                  on and off 16-byte boundaries and in fp32 on them, parameters of
-                                                 another dtype and fp16 at one size each; rewrites aot_report.csv
-                                                 beside this file
+                                                 another dtype in the widest tiles, fp16 at one size; rewrites
+                                                 aot_report.csv beside this file
 
 What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
 backward, their launches are recorded and specialised by Triton's own launcher code, once with pointers on 16-byte

@@ -38,10 +38,16 @@ _WHOLE_ROWS_GFX942 = tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for
 
 NORM_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 NORM_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
-# A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100.
-NORM_BACKWARD_BIAS: RowTable = {"generic": _WHOLE_ROWS[:-1], "gfx942": _WHOLE_ROWS_GFX942[:-1]}
-# Without this the assembler stops at 48 to 96 and spills 8 bytes in some binaries; none of them needs more.
-NORM_BACKWARD_REGISTERS = 128
+# A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100 and sm_120, and
+# with tensors of two dtypes, whose loads differ in width, on every NVIDIA architecture.
+NORM_BACKWARD_BIAS: RowTable = {
+    "generic": _WHOLE_ROWS[:-1],
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), _WHOLE_ROWS),
+    "gfx942": _WHOLE_ROWS_GFX942,
+}
+NORM_BACKWARD_BIAS_MIXED: RowTable = {"generic": _WHOLE_ROWS[:-1], "gfx942": _WHOLE_ROWS_GFX942}
+# Without this the assembler stops at 32 to 96 and spills 8 or 16 bytes in some binaries; none of them needs more.
+NORM_REGISTERS = 128
 
 # Rows longer than any table's are walked in blocks of this many columns.
 LONG_ROW = RowConfig(1, 4096, 16)

@@ -443,6 +443,16 @@ def _types(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def _one_dtype(*tensors: Tensor | None) -> bool:
+    return len({tensor.dtype for tensor in tensors if tensor is not None}) == 1
+
+
+def _backward_table(need_db: bool, *tensors: Tensor | None) -> configs.RowTable:
+    if not need_db:
+        return configs.NORM_BACKWARD
+    return configs.NORM_BACKWARD_BIAS if _one_dtype(*tensors) else configs.NORM_BACKWARD_BIAS_MIXED
+
+
 def _launch_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -479,6 +489,7 @@ def _launch_forward(
             *(rows, columns, x2.stride(0), r2.stride(0), eps, weight_offset),
         ),
         num_warps=config.num_warps,
+        max_registers=None if _one_dtype(x, residual, weight, bias) else configs.NORM_REGISTERS,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         WHOLE_ROW=columns <= config.block_n,
@@ -539,7 +550,7 @@ def _launch_backward(
     acc = _types(x.dtype)[1]
     x2, dy2 = _as_rows(x, columns), _as_rows(dy.resolve_neg(), columns)
     dh2 = dy2 if dh is None else _as_rows(dh.resolve_neg(), columns)
-    table = configs.NORM_BACKWARD_BIAS if need_db else configs.NORM_BACKWARD
+    table = _backward_table(need_db, dy, dh, x, weight)
     config = configs.row_config(table, _runtime.architecture(x.device), columns)
     whole_row = columns <= config.block_n
     tiles = -(-rows // config.block_m)
@@ -560,7 +571,7 @@ def _launch_backward(
                 *(dy2.stride(0), dh2.stride(0), x2.stride(0), weight_offset),
             ),
             num_warps=config.num_warps,
-            max_registers=configs.NORM_BACKWARD_REGISTERS,
+            max_registers=configs.NORM_REGISTERS,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             WHOLE_ROW=whole_row,

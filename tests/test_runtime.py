@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime
@@ -139,6 +140,35 @@ def test_launches_make_the_tensors_device_current(monkeypatch: pytest.MonkeyPatc
         with _runtime.on_device(tensor):
             assert entered == ([torch.device("cuda:1")] if index else [])
     assert entered == [torch.device("cuda:1"), torch.device("cuda:0")]
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpus_too_old_take_pytorchs_op(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capability below 8.0, in eager and in compiled code; asked once a device, and never of one that is known."""
+    asked: list[int] = []
+
+    def capability(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return (7, 5)
+
+    def plain(x: Tensor, device: torch.device) -> Tensor:
+        return x if _runtime._device_obstacle(device) is None else -x
+
+    monkeypatch.setattr(_runtime, "_capabilities", {1: (9, 0)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    # To Dynamo, which asks too, and would then want to use the device, the truth.
+    available = torch.cuda.is_available
+    for_us = "_age_obstacle"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sys._getframe(1).f_code.co_name == for_us or available())
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    if compiled:
+        torch._dynamo.reset()
+        plain = torch.compile(plain, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert torch.equal(plain(X, old), -X)
+        assert torch.equal(plain(X, new), X)
+    assert asked == [0]
 
 
 def test_importing_needs_and_loads_little() -> None:

@@ -55,6 +55,7 @@ _forced: str | None = None
 _explaining: int | None = None
 _recorder: list[Launch] | None = None
 _architecture: str | None = None
+_capabilities: dict[int, tuple[int, int]] = {}
 
 Public = TypeVar("Public", bound=Callable[..., Any])
 
@@ -198,16 +199,22 @@ def _device_obstacle(device: torch.device) -> str | None:
         return None if device.type in ("cpu", "cuda") else f"no Triton interpreter for {device.type} tensors"
     if device.type != "cuda":
         return f"tensors are on {device.type}; Triton needs a GPU (or TRITON_INTERPRET=1 set before import)"
-    if torch.version.hip is None and not torch.compiler.is_compiling() and torch.cuda.is_available():
-        capability = _capability(device.index or 0)
-        if capability < _OLDEST_CAPABILITY:
-            return f"compute capability {capability} is older than {_OLDEST_CAPABILITY}"
+    return None if torch.version.hip is not None else _age_obstacle(device.index or 0)
+
+
+def _age_obstacle(index: int) -> str | None:
+    # Fake tensors may lie on a GPU that is not here: that one is taken for a new one.
+    capability = _capabilities.get(index)
+    if capability is None and torch.cuda.is_available():
+        capability = _capabilities[index] = torch.cuda.get_device_capability(index)
+    if capability is not None and capability < _OLDEST_CAPABILITY:
+        return f"compute capability {capability} is older than {_OLDEST_CAPABILITY}"
     return None
 
 
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+# What torch.compiler.assume_constant_result does, without loading the compiler: Dynamo calls the function while it
+# traces and takes the answer for a constant, so that compiled code asks the device as eager code does.
+_age_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mode_obstacle() -> str | None:

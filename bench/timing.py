@@ -1,70 +1,116 @@
-"""Seconds a call takes: device time under CUDA-graph replay on a GPU, the best of several runs on a CPU."""
+"""Seconds a call takes: device time under CUDA-graph replay on a GPU, the best of several runs on a CPU.
+
+Every run of a replay has inputs and upstream gradients of its own, together larger than any GPU's cache, so that it
+reads memory. Two exceptions: shapes of less than `_ROTATE_BYTES / _MOST_COPIES` (8 MiB) are read from cache in part or
+whole, and results go to the memory that the run before gave back, so that small ones are written to cache.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_ROTATE_BYTES = 256 << 20  # more than any GPU's cache
+_ROTATE_BYTES = 512 << 20
 _MOST_COPIES = 64
+_ROUNDS = 7
+_LEAST_SECONDS = 2e-3  # of one timed stretch: events are good to about a microsecond
 
 
-def step(fn: Callable[..., Any], backward: bool) -> Callable[..., Any]:
-    """A function of (arguments, upstream gradients) that runs fn forward, and backward if asked."""
+class Inputs(NamedTuple):
+    """What one run reads."""
 
-    def forward(arguments: tuple[Any, ...], upstream: tuple[Tensor, ...]) -> Any:
+    arguments: tuple[Any, ...]
+    upstream: tuple[Tensor, ...]
+
+
+def step(fn: Callable[..., Any], backward: bool) -> Callable[[Inputs], Any]:
+    """A function of `Inputs` that runs fn forward, and backward if asked."""
+
+    def forward(inputs: Inputs) -> Any:
         with torch.no_grad():
-            return fn(*arguments)
+            return fn(*inputs.arguments)
 
-    def forward_backward(arguments: tuple[Any, ...], upstream: tuple[Tensor, ...]) -> Any:
-        outputs = fn(*arguments)
+    def forward_backward(inputs: Inputs) -> Any:
+        outputs = fn(*inputs.arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-        return torch.autograd.grad(outputs, leaves, upstream)
+        leaves = [a for a in inputs.arguments if isinstance(a, Tensor) and a.requires_grad]
+        return torch.autograd.grad(outputs, leaves, inputs.upstream)
 
     return forward_backward if backward else forward
 
 
-def copies(arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The arguments and copies of them, together larger than the cache: a benchmark reads memory, not cache."""
-    size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Tensor))
-    count = 1 if size == 0 else max(1, min(_MOST_COPIES, -(-_ROTATE_BYTES // size)))
-    return [
-        tuple(a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
-        for _ in range(count)
-    ]
+def copies(inputs: Inputs) -> list[Inputs]:
+    """The inputs and copies of them, at most `_MOST_COPIES`, together `_ROTATE_BYTES` or more."""
+    tensors = [a for a in (*inputs.arguments, *inputs.upstream) if isinstance(a, Tensor)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    count = 1 if size == 0 else min(_MOST_COPIES, -(-_ROTATE_BYTES // size))
+    return [inputs] + [Inputs(_copied(inputs.arguments), _copied(inputs.upstream)) for _ in range(count - 1)]
 
 
-def replayer(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], upstream: Any) -> Callable[[], None]:
-    """A CUDA graph of one run on each set of arguments; calling it replays the graph and waits."""
+def _copied(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in values)
+
+
+def captured(run: Callable[[Inputs], Any], sets: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one run on each set of inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            run(sets[0], upstream)
+            run(sets[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for arguments in sets:
-            run(arguments, upstream)
+        for inputs in sets:
+            run(inputs)
+    return graph
+
+
+def device_seconds(replay: Callable[[], None]) -> float:
+    """Device time of one call, by events around as many calls as fill `_LEAST_SECONDS`; the best of several rounds."""
+
+    def stretch(calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / calls
+
+    stretch(1)
+    calls = max(1, round(_LEAST_SECONDS / stretch(1)))
+    return min(stretch(calls) for _ in range(_ROUNDS))
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Host time of one call, after one that does not count; the best of several rounds."""
+    call()
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure(run: Callable[[Inputs], Any], sets: Sequence[Inputs]) -> tuple[Callable[[], None], float]:
+    """(a call that runs once on each set and waits, seconds of one run); on a GPU captured and timed there."""
+    if not any(isinstance(a, Tensor) and a.is_cuda for a in sets[0].arguments):
+
+        def each() -> None:
+            for inputs in sets:
+                run(inputs)
+
+        return each, host_seconds(each) / len(sets)
+    graph = captured(run, sets)
 
     def replay() -> None:
         graph.replay()
         torch.cuda.synchronize()
 
-    return replay
-
-
-def seconds(call: Callable[[], Any], rounds: int = 7) -> float:
-    """The fastest of several timed calls."""
-    call()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return replay, device_seconds(graph.replay) / len(sets)

@@ -3,7 +3,8 @@
 `needs_kernels`   runs the Triton kernels themselves: on a GPU, or in the interpreter under TRITON_INTERPRET=1.
                   On a CPU without it they are deselected here, and test_interpreter.py runs them in a subprocess.
 `needs_compiler`  compiles kernels: deselected where Triton is missing or interprets. `needs_interpreter` starts the
-interpreter in a subprocess: deselected there too. `needs_triton` is deselected where Triton is missing.
+interpreter in a subprocess: deselected there too. `needs_triton` is deselected where Triton is missing, `needs_gpu`
+where there is no GPU or the interpreter stands in for it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_compiler: compiles Triton kernels")
     config.addinivalue_line("markers", "needs_interpreter: starts Triton's interpreter in a subprocess")
     config.addinivalue_line("markers", "needs_triton: needs Triton to be installed")
+    config.addinivalue_line("markers", "needs_gpu: runs on a GPU alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,6 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "needs_compiler": CAN_COMPILE,
         "needs_interpreter": CAN_INTERPRET,
         "needs_triton": _runtime.HAS_TRITON,
+        "needs_gpu": CAN_COMPILE and torch.cuda.is_available(),
     }
     missing = [name for name, possible in can.items() if not possible]
     dropped = [item for item in items if any(item.get_closest_marker(name) for name in missing)]

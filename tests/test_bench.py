@@ -8,8 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch import Tensor
+
+from bench.timing import Inputs, copies, device_seconds, measure, step
 from fastlm_kernels import _runtime
-from fastlm_kernels.registry import KERNELS
+from fastlm_kernels.registry import KERNELS, random_tensor
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,3 +48,62 @@ def test_kernel_benches_run_and_say_what_they_timed(tmp_path: Path) -> None:
         resources = [info for info in infos if info["provider"] == "aot"]
         assert {info["kernel"] for info in resources} == names
         assert all(row["spill_bytes"] == 0 for info in resources for row in info["binaries"])
+
+
+def test_every_run_reads_inputs_and_upstream_gradients_of_its_own() -> None:
+    """Copies of all tensors, leaves as before, together larger than a cache; few of large ones."""
+    x = torch.ones(1 << 20, requires_grad=True)  # 4 MiB, as is the upstream gradient
+    sets = copies(Inputs((x, (8,), None), (torch.ones(1 << 20),)))
+    assert len(sets) == 64
+    tensors = [t for inputs in sets for t in (inputs.arguments[0], *inputs.upstream)]
+    assert len({t.data_ptr() for t in tensors}) == 128
+    assert sum(t.nbytes for t in tensors) >= 512 << 20
+    assert all(inputs.arguments[0].requires_grad and inputs.arguments[1:] == ((8,), None) for inputs in sets)
+    assert len(copies(Inputs((x.repeat(8),), (torch.ones(1),)))) == 16
+    assert len(copies(Inputs(((8,),), ()))) == 1
+
+
+def test_measured_call_runs_once_a_set() -> None:
+    """And its seconds are those of one run."""
+    seen: list[float] = []
+
+    def double(x: Tensor) -> Tensor:
+        seen.append(x.item())
+        return 2 * x
+
+    sets = [Inputs((torch.tensor(float(i), requires_grad=True),), (torch.tensor(1.0),)) for i in range(3)]
+    call, taken = measure(step(double, True), sets)
+    seen.clear()
+    call()
+    assert seen == [0.0, 1.0, 2.0]
+    assert taken > 0
+
+
+def test_large_inputs_are_drawn_on_the_device_in_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generator draws there, in 16 bits: no fp64 numbers on the host that would be copied over."""
+    drawn: list[dict[str, object]] = []
+    numbers = torch.zeros(3, dtype=torch.bfloat16)
+
+    class Generator:
+        device = torch.device("cuda", 0)
+
+    def randn(shape: tuple[int, ...], **options: object) -> Tensor:
+        drawn.append(options)
+        return numbers
+
+    monkeypatch.setattr(torch, "randn", randn)
+    generator = Generator()
+    found = random_tensor((3,), torch.bfloat16, "cpu", generator, shift=2.0)  # type: ignore[arg-type]
+    assert found.tolist() == [2.0] * 3
+    assert drawn == [{"generator": generator, "dtype": torch.bfloat16, "device": generator.device}]
+
+
+@pytest.mark.needs_gpu
+def test_device_time_is_the_devices() -> None:
+    """A copy of 1 GiB cannot be done at 100 TB/s, however quickly it is asked for."""
+    x, y = (torch.empty(1 << 28, device="cuda") for _ in range(2))
+
+    def copy() -> None:
+        y.copy_(x)
+
+    assert device_seconds(copy) > 2 * x.nbytes / 100e12

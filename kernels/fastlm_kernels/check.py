@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import _runtime
-from .registry import KERNELS, Case, Kernel, case_name
+from .registry import KERNELS, Case, Kernel, case_name, generator_of, random_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DRAWS = 8
@@ -65,13 +65,15 @@ def results(
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def upstream_gradients(fn: Callable[..., Any], arguments: tuple[Any, ...], seed: int) -> tuple[Tensor, ...]:
+def upstream_gradients(
+    fn: Callable[..., Any], arguments: tuple[Any, ...], seed: int | torch.Generator
+) -> tuple[Tensor, ...]:
     """A random upstream gradient for each output of fn, of its shape, dtype and device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with torch.no_grad():
         outputs = fn(*arguments)
     return tuple(
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype)
+        random_tensor(tuple(o.shape), o.dtype, o.device, generator).detach()
         for o in (outputs if isinstance(outputs, tuple) else (outputs,))
     )
 

@@ -26,7 +26,8 @@ class Kernel:
 
     fused      the public function
     reference  the same signature in plain PyTorch: CPU path, truth (in fp64) and baseline
-    inputs     (dtype, device, seed, **case) -> positional arguments, the differentiable ones requiring grad
+    inputs     (dtype, device, seed or generator, **case) -> positional arguments, the differentiable ones requiring
+               grad
     small      cases for tests: odd lengths, views, every branch of the kernel
     quick      cases of moderate size: benches on a CPU; the last is what the quick ahead-of-time report compiles
     large      cases for benches on a GPU
@@ -68,11 +69,20 @@ def random_tensor(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Tensor:
-    """Normal numbers, the same on every device, requiring grad; on "meta" the shape alone."""
+    """Normal numbers requiring grad, drawn where the generator lives; on "meta" the shape alone.
+
+    A CPU generator's are drawn in fp64, the same for every device and dtype; a GPU's in `dtype`, as large tensors need.
+    """
     if torch.device(device).type == "meta":
         return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
-    return values.to(device=device, dtype=dtype).requires_grad_()
+    drawn = torch.float64 if generator.device.type == "cpu" else dtype
+    values = torch.randn(shape, generator=generator, dtype=drawn, device=generator.device)
+    return values.mul_(scale).add_(shift).to(device=device, dtype=dtype).requires_grad_()
+
+
+def generator_of(seed: int | torch.Generator) -> torch.Generator:
+    """A CPU generator from a seed; a generator as it is."""
+    return torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
 
 
 # rows x columns: one, odd and even lengths, several tiles a program, and rows too long for registers.
@@ -93,7 +103,7 @@ def _small(*extra: Case) -> tuple[Case, ...]:
 def _norm_inputs(
     dtype: torch.dtype,
     device: torch.device | str,
-    seed: int,
+    seed: int | torch.Generator,
     *,
     rows: int,
     columns: int,
@@ -108,7 +118,7 @@ def _norm_inputs(
     The input's mean is far from 0 against its spread: a variance without the mean subtracted, or one lost to
     cancellation, shows.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     other = _OTHER[dtype] if mixed else dtype
     inputs: list[Any] = [random_tensor((rows, columns), dtype, device, g, scale=0.7, shift=1.5)]
     if residual:
@@ -153,7 +163,8 @@ _NORM_CASES = _small({"weight": False}, {"mixed": True}, {"eps": 0.1})
 _NORM_TILES = tuple(config.block_n for config in configs.NORM_FORWARD["generic"])
 _NORM_COMPILED = (
     *({"rows": 4096, "columns": columns} for columns in (*_NORM_TILES, 2 * _NORM_TILES[-1])),
-    {"rows": 4096, "columns": 1024, "mixed": True},
+    # Two dtypes need the most registers, which are scarce in the widest tiles.
+    *({"rows": 4096, "columns": columns, "mixed": True} for columns in _NORM_TILES[-3:]),
 )
 
 KERNELS: tuple[Kernel, ...] = (

@@ -36,7 +36,7 @@ CASES = [
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 columns: short rows take the path of rows too long for registers."""
-    for name in ("NORM_FORWARD", "NORM_BACKWARD", "NORM_BACKWARD_BIAS"):
+    for name in ("NORM_FORWARD", "NORM_BACKWARD", "NORM_BACKWARD_BIAS", "NORM_BACKWARD_BIAS_MIXED"):
         monkeypatch.setattr(configs, name, {"generic": ()})
     for name in ("LONG_ROW", "NORM_WEIGHT_GRADIENT", "SUM_PARTIALS"):
         monkeypatch.setattr(configs, name, configs.RowConfig(2, 4, 4))
@@ -82,6 +82,36 @@ def test_long_rows_walked_in_blocks(kernel: Kernel, dtype: torch.dtype, kernel_d
     for columns in (3, 4, 5, 23):
         case = {"rows": 9, "columns": columns, "eps": 0.1}
         assert_accurate(kernel, *make(kernel, kernel_device, dtype, case))
+
+
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize("long_rows", [False, True])
+def test_programs_that_walk_several_tiles(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    long_rows: bool,
+    kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """As with many rows, on a GPU of any size: few programs, each with several tiles, not the same number for all."""
+    if long_rows:
+        request.getfixturevalue("tiny_tiles")
+    monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)
+    module, steps = sys.modules[kernel.fused.__module__], []
+    launch = module.launch
+
+    def noted(fn: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: Any) -> None:
+        if "steps" in fn.arg_names:
+            steps.append((fn.__name__, arguments[fn.arg_names.index("steps")]))
+        launch(fn, grid, arguments, **options)
+
+    monkeypatch.setattr(module, "launch", noted)
+    shape = {"rows": 35, "columns": 5} if long_rows else {"rows": 300, "columns": 64}
+    assert_accurate(kernel, *make(kernel, kernel_device, dtype, shape))
+    assert steps
+    assert all(count > 1 for _, count in steps), steps
 
 
 @every_kernel

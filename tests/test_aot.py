@@ -51,6 +51,30 @@ def test_sizes_that_vary_never_compile_a_new_binary(index: int) -> None:
     assert {name: len(binaries) for name, binaries in found.items()} == dict.fromkeys(found, 1)
 
 
+@pytest.mark.parametrize("index", range(len(KERNELS)), ids=[kernel.name for kernel in KERNELS])
+def test_row_strides_that_vary_compile_two_binaries_at_most(index: int) -> None:
+    """One for strides that 16 divides, whose loads may be wide, one for all others."""
+    kernel, found = KERNELS[index], {}
+    for stride in (1040, 2048, 1072, 1041, 1042, 1048, 3000, 100_000, 99_999):
+        arguments = tuple(
+            torch.empty(64, stride, device="meta", dtype=a.dtype)[:, :1024].requires_grad_()
+            if isinstance(a, torch.Tensor) and a.dim() == 2
+            else a
+            for a in kernel.inputs(torch.bfloat16, "meta", 0, rows=64, columns=1024)
+        )
+        with _runtime.recording("sm_90") as launches:
+            outputs = kernel.fused(*arguments)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
+        for launch in launches:
+            source, options = aot.specialise(launch, "sm_90", True)
+            binaries = found.setdefault(launch.kernel.__name__, {})
+            binaries.setdefault(f"{source.hash()} {options.hash()}", set()).add(stride % 16 == 0)
+    assert sorted(map(sorted, found["norm_forward_kernel"].values())) == [[False], [True]]
+    assert all(len(binaries) <= 2 for binaries in found.values())
+
+
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_rows_of_one_element_compile(architecture: str) -> None:
     """Triton turns an argument of 1 into a constant: the kernels must still compile."""

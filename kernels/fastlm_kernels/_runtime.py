@@ -10,7 +10,8 @@ Names in all kernels. Pointers are capitals: X input, R residual, W weight, B bi
 DX, DW and so on are the loss's gradients with respect to them. M rows of N columns; stride_x is X's step from
 row to row. A tile is BLOCK_M x BLOCK_N; ACC is the type of sums. Arguments come as input pointers, output
 pointers, sizes and strides and scalars, constexpr; sizes that vary from call to call are not specialised, so
-that they never compile a new binary.
+that they never compile a new binary. Row lengths and row strides are, on whether 16 divides them, which wide loads
+need: at most two binaries for each of them, whatever their values.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class backend(contextlib.ContextDecorator):
     "torch" takes PyTorch's ops. "triton" takes the kernels wherever they give the right answer, at sizes
     where PyTorch's op would be preferred too; a call that no kernel covers still takes PyTorch's op, and
     `explain` says why. The path is fixed in the forward: a backward run later, outside the block, follows its
-    forward. Process-wide; may be nested.
+    forward. Activation checkpointing runs the forward again in the backward, and that one asks again: keep the
+    backward inside the block too (where the two differ, PyTorch raises CheckpointError). Process-wide; may be nested.
     """
 
     def __init__(self, name: str):

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlm_kernels import _runtime
+
+# Where kernels run if they can at all, for tests that hold on PyTorch's path too.
+DEVICE = "cuda" if _runtime.HAS_TRITON and not _runtime.INTERPRETED and torch.cuda.is_available() else "cpu"
 _MOAT = 64
 
 

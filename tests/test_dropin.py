@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import DEVICE
 from torch import Tensor
 
 import fastlm_kernels as fk
@@ -35,7 +36,7 @@ INFOS = _op_infos()
 
 
 def _half(name: str, dtype: torch.dtype) -> bool:
-    return dtype in INFOS[name].supported_dtypes("cpu") and not name.startswith("linear_cross_entropy.")
+    return dtype in INFOS[name].supported_dtypes(DEVICE) and not name.startswith("linear_cross_entropy.")
 
 
 CASES = [
@@ -58,7 +59,7 @@ def _run(fn: Callable[..., Tensor], sample: Any) -> tuple[Tensor, list[Tensor | 
     leaves = _leaves(sample)
     if not leaves:
         return out.detach(), []
-    upstream = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape).to(out.dtype)
+    upstream = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape).to(out)
     grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True)
     return out.detach(), list(grads)
 
@@ -80,7 +81,7 @@ def test_every_operator_with_samples_is_covered() -> None:
 def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
     public = name.partition(".")[0]
     ours, theirs = getattr(fk, public), getattr(F, public)
-    samples = list(INFOS[name].sample_inputs("cpu", dtype, requires_grad=True))
+    samples = list(INFOS[name].sample_inputs(DEVICE, dtype, requires_grad=True))
     assert samples
     for sample in samples:
         out, grads = _run(ours, sample)
@@ -111,7 +112,7 @@ def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dty
 def test_error_samples_raise_the_same_class(name: str) -> None:
     public = name.partition(".")[0]
     seen = 0
-    for error in INFOS[name].error_inputs("cpu"):
+    for error in INFOS[name].error_inputs(DEVICE):
         sample = error.sample_input
         with pytest.raises(Exception) as expected:
             getattr(F, public)(sample.input, *sample.args, **sample.kwargs)
@@ -164,7 +165,8 @@ def _calls() -> dict[str, Callable[[Any], Tensor]]:
     }
 
 
-CALLS = _calls()
+with torch.device(DEVICE):
+    CALLS = _calls()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -176,7 +178,7 @@ def test_compiles_into_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "cross_entropy", "attention", "gelu", "softmax"])
 def test_autocast_gives_pytorchs_dtype(name: str) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         ours, theirs = CALLS[name](fk), CALLS[name](F)
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs)
@@ -184,8 +186,8 @@ def test_autocast_gives_pytorchs_dtype(name: str) -> None:
 
 def test_autocast_leaves_the_explicit_attention_in_fp32() -> None:
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 2, 32, 16) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
+    q, k, v = (torch.randn(2, 2, 32, 16, device=DEVICE) for _ in range(3))
+    with torch.autocast(DEVICE, torch.bfloat16):
         out, lse = fk.scaled_dot_product_attention(q, k, v, return_lse=True)
         assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     rounded = [t.bfloat16().double() for t in (q, k, v)]
@@ -198,7 +200,7 @@ def test_autocast_leaves_the_explicit_attention_in_fp32() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_and_vmap_reach_pytorchs_operators() -> None:
     torch.manual_seed(2)
-    x, tangent, target = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    x, tangent, target = (t.to(DEVICE) for t in (torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])))
     for ours, theirs in (
         (lambda t: fk.cross_entropy(t, target), lambda t: F.cross_entropy(t, target)),
         (lambda t: fk.rms_norm(t, (5,)), lambda t: F.rms_norm(t, (5,))),

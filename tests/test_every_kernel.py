@@ -12,6 +12,7 @@ import pytest
 import torch
 from layouts import LAYOUTS, expanded, lay_out, moat, offset, padded, snapshot, transposed
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fastlm_kernels import _runtime, configs
 from fastlm_kernels.check import DTYPES, check_kernel, compare, results, upstream_gradients
@@ -541,6 +542,82 @@ def test_traced_code_takes_pytorchs_path(kernel: Kernel, kernel_device: str) -> 
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced: Any = torch.jit.trace(lambda t: kernel.fused(t, *rest), x)
     torch.testing.assert_close(traced(2 * x + 1), kernel.reference(2 * x + 1, *rest))
+
+
+@every_kernel
+def test_checkpoint_recomputes_on_the_path_in_force(kernel: Kernel, kernel_device: str) -> None:
+    """Inside the block: PyTorch's gradients. Outside: the recomputation takes the kernel, and PyTorch says so."""
+    arguments, upstream = make(kernel, kernel_device)
+    leaves = [a for a in arguments if isinstance(a, Tensor)]
+
+    def forward() -> tuple[Tensor, ...]:
+        outputs = checkpoint(kernel.fused, *arguments, use_reentrant=False)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    with _runtime.backend("torch"):
+        grads = torch.autograd.grad(forward(), leaves, upstream)
+        outputs = forward()
+    wanted = list(results(kernel.reference, arguments, upstream).values())[-len(leaves) :]
+    torch.testing.assert_close(list(grads), wanted)
+    with pytest.raises(CheckpointError):
+        torch.autograd.grad(outputs, leaves, upstream)
+
+
+@pytest.mark.needs_gpu
+@every_kernel
+@every_dtype
+def test_cuda_graph_replays_with_new_numbers(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Forward and backward captured once; refilled, the graph gives eager's bits."""
+    shape = {"rows": 300, "columns": 768}
+    arguments, upstream = make(kernel, "cuda", dtype, shape)
+    fresh = kernel.inputs(dtype, "cuda", 7, **shape)
+    leaves = [a for a in arguments if isinstance(a, Tensor)]
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = kernel.fused(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for old, new in zip(leaves, (a for a in fresh if isinstance(a, Tensor)), strict=True):
+            old.copy_(new)
+        for gradient, new in zip(upstream, upstream_gradients(kernel.reference, fresh, 8), strict=True):
+            gradient.copy_(new)
+    graph.replay()
+    expected = results(kernel.fused, arguments, upstream)
+    assert bits(dict(zip(expected, captured, strict=True))) == bits(expected)
+
+
+@pytest.mark.needs_gpu
+@every_kernel
+def test_inductors_code_never_waits_for_the_device(kernel: Kernel) -> None:
+    """The default compiler, forward and backward: eager's bits, and no synchronisation."""
+    torch._dynamo.reset()
+    arguments, upstream = make(kernel, "cuda", torch.bfloat16, {"rows": 300, "columns": 768})
+    leaves = [a for a in arguments if isinstance(a, Tensor)]
+    compiled = torch.compile(lambda *args: kernel.fused(*args), fullgraph=True)
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = compiled(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
+
+    run()  # compiling may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = results(kernel.fused, arguments, upstream)
+    assert bits(dict(zip(expected, found, strict=True))) == bits(expected)
 
 
 @every_kernel

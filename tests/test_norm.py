@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import DEVICE
 from torch import Tensor
 
 import fastlm_kernels as fk
@@ -31,7 +32,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Reproducible normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
@@ -89,7 +90,7 @@ def test_residual_sum_is_rounded_once_and_normalised_as_stored(
 def test_weight_offset_is_added_before_rounding(dtype: torch.dtype) -> None:
     """weight 1e-3 with offset 1 scales by 1.001, which neither 16-bit type holds near 1 in bf16."""
     x = rows(0, 4, 64, dtype=dtype)
-    w = torch.full((64,), 1e-3, dtype=dtype)
+    w = torch.full((64,), 1e-3, dtype=dtype, device=DEVICE)
     y = fk.rms_norm(x, (64,), w, 1e-6, weight_offset=1.0)
     truth = F.rms_norm(x.double(), (64,), w.double() + 1.0, 1e-6)
     torch.testing.assert_close(y.double(), truth, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-6)
@@ -140,10 +141,10 @@ def test_properties() -> None:
     """RMS 1 a row; scale invariance; LayerNorm's mean 0 and shift invariance; rows do not see each other."""
     x = rows(0, 6, 96) + 0.5
     y = fk.rms_norm(x, (96,), eps=0.0)
-    torch.testing.assert_close(y.square().mean(1), torch.ones(6))
+    torch.testing.assert_close(y.square().mean(1), torch.ones(6, device=DEVICE))
     torch.testing.assert_close(fk.rms_norm(7 * x, (96,), eps=0.0), y)
     z = fk.layer_norm(x, (96,), eps=0.0)
-    torch.testing.assert_close(z.mean(1), torch.zeros(6), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.mean(1), torch.zeros(6, device=DEVICE), atol=1e-6, rtol=0)
     torch.testing.assert_close(fk.layer_norm(x + 3, (96,), eps=0.0), z, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fk.rms_norm(x[2:3], (96,), eps=0.0), y[2:3])
 
@@ -198,10 +199,11 @@ def test_a_residual_that_broadcasts(columns: int) -> None:
 )
 def test_bad_calls_raise_pytorchs_error(call) -> None:
     """The same class through both."""
-    with pytest.raises(Exception) as theirs:
-        call(F)
-    with pytest.raises(type(theirs.value)):
-        call(fk)
+    with torch.device(DEVICE):
+        with pytest.raises(Exception) as theirs:
+            call(F)
+        with pytest.raises(type(theirs.value)):
+            call(fk)
 
 
 @pytest.mark.needs_kernels

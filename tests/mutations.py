@@ -303,7 +303,30 @@ MUTATIONS = (
         "test_aot.py::test_sizes_that_vary_never_compile_a_new_binary[rms_norm]",
         interpret=False,
     ),
+    Mutation(
+        "GPUs too old, seen by eager code alone",
+        "_runtime.py",
+        "_age_obstacle._dynamo_marked_constant = True",
+        "_age_obstacle._dynamo_marked_constant = False",
+        "test_runtime.py::test_gpus_too_old_take_pytorchs_op",
+        interpret=False,
+    ),
+    Mutation(
+        "explain runs what does not ask",
+        "_runtime.py",
+        'if not getattr(fn, "_asks", False):',
+        "if False:",
+        "test_runtime.py::test_explain_refuses_what_does_not_ask",
+    ),
     # check.py
+    Mutation(
+        "an infinite error of the baseline excuses ours",
+        "check.py",
+        "base.masked_fill(base.isinf(), 0.0)",
+        "base",
+        "test_check.py::test_an_error_of_pytorchs_where_none_is_allowed_does_not_excuse_ours",
+        interpret=False,
+    ),
     Mutation(
         "a rule that forgives anything",
         "check.py",

@@ -12,6 +12,9 @@ with ref computed in fp64: an error of one unit is what rounding the inputs alon
 with PyTorch's op on the same device and inputs as the baseline, its infinite errors left out; where u is 0 the error
 must be 0, whatever PyTorch's is. Both sides are judged per element, so that a gradient's small elements count as much
 as its large ones.
+
+On a CPU, TRITON_INTERPRET=1 runs the kernels themselves. Triton 3.6's interpreter fails on loops with run-time bounds
+under numpy 2.4 and newer: use an older numpy, or Triton 3.7.
 """
 
 from __future__ import annotations

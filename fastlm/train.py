@@ -1,4 +1,4 @@
-"""Training: the state of a run, one update, the loop. `python -m fastlm.train` with no argument trains at once.
+"""Training: one update, the loop, and what happens between. `python -m fastlm.train` with no argument trains at once.
 
     state <- newest verified checkpoint, or step 0
     until the last step:

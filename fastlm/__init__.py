@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Config
-    from .data import open_dataset
-    from .model import GPT
-    from .run import open_run
+    from fastlm.config import Config
+    from fastlm.data import open_dataset
+    from fastlm.model import GPT
+    from fastlm.run import open_run
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "Config", "open_dataset", "open_run"]

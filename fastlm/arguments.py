@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import InputError, show
+from fastlm.errors import InputError, show
 
 T = TypeVar("T")
 Values = dict[str, object]  # dotted key -> value

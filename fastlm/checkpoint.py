@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from fastlm.errors import InputError
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.yaml"

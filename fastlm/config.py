@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .arguments import (
+from fastlm.arguments import (
     Values,
     build,
     complaint,
@@ -29,8 +29,8 @@ from .arguments import (
     read_flags,
     read_yaml,
 )
-from .arguments import parse_arguments as parse_arguments  # a command needs only this module
-from .errors import InputError
+from fastlm.arguments import parse_arguments as parse_arguments  # a command needs only this module
+from fastlm.errors import InputError
 
 
 @dataclass

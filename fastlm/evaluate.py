@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 import fastlm_kernels as fk
-
-from .errors import InputError, run_command
-from .model import GPT
+from fastlm.errors import InputError, run_command
+from fastlm.model import GPT
 
 if TYPE_CHECKING:
-    from .run import Run
-    from .shards import TokenStream
+    from fastlm.run import Run
+    from fastlm.shards import TokenStream
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
@@ -117,10 +116,10 @@ def _score(model: GPT, inputs_BT: Tensor, targets_BT: Tensor, accuracy: bool) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Print the metrics asked for, with what they were measured on."""
-    from .checkpoint import json_bytes
-    from .config import parse_arguments
-    from .data import eval_windows
-    from .run import open_run
+    from fastlm.checkpoint import json_bytes
+    from fastlm.config import parse_arguments
+    from fastlm.data import eval_windows
+    from fastlm.run import open_run
 
     arguments = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(EvaluateConfig, arguments, command="fastlm.evaluate", positional="run")
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _open_stream(run: Run, path: str | None) -> TokenStream:
     """The tokens of `path`, or of the run's validation split, if that is still the text that the run trained on."""
-    from .data import open_dataset, open_for_evaluation
+    from fastlm.data import open_dataset, open_for_evaluation
 
     if path is not None:
         return open_for_evaluation(run.cfg.data, path, run.tokenizer, run.model.vocab_size)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from .config import Config, ModelConfig
+from fastlm.config import Config, ModelConfig
 
 # Dense bf16 tensor-core peaks in FLOP/s from the makers' data sheets, by words of the device's name; first match wins.
 PEAK_FLOPS = (

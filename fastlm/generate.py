@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import InputError, run_command
-from .model import GPT, KVCache
+from fastlm.errors import InputError, run_command
+from fastlm.model import GPT, KVCache
 
 
 @dataclass
@@ -95,10 +95,10 @@ def draw(
 
 def main(argv: list[str] | None = None) -> int:
     """Print `num_samples` continuations of the prompt, each with the prompt before it."""
-    from .config import parse_arguments
-    from .log import encodable
-    from .run import open_run
-    from .text import clean
+    from fastlm.config import parse_arguments
+    from fastlm.log import encodable
+    from fastlm.run import open_run
+    from fastlm.text import clean
 
     arguments = sys.argv[1:] if argv is None else argv
     cfg = parse_arguments(GenerateConfig, arguments, command="fastlm.generate", positional="run")
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(cfg: GenerateConfig) -> None:
     """Refuse values that mean nothing, by name."""
-    from .text import is_encodable
+    from fastlm.text import is_encodable
 
     rules = (
         ("max_new_tokens", cfg.max_new_tokens >= 1, "give at least 1"),

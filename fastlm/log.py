@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO, get_args
 
-from .checkpoint import json_bytes
+from fastlm.checkpoint import json_bytes
 
 Event = Literal["start", "train", "eval", "sample", "save", "skip", "end"]
 METRICS = "metrics.jsonl"
@@ -342,7 +342,7 @@ def format_seconds(seconds: float) -> str:
 
 def draw_loss(run_dir: Path) -> None:
     """Draw `run_dir/loss.png` from the record; a disk that refuses costs a warning, not the run."""
-    from .plot import plot_loss
+    from fastlm.plot import plot_loss
 
     try:
         plot_loss(read_metrics(run_dir / METRICS), run_dir / "loss.png")

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm_kernels as fk
-
-from .config import ModelConfig
+from fastlm.config import ModelConfig
 
 NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
 ROPE_BASE = 10_000.0

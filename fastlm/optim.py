@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlm_kernels as fk
-
-from .config import OptimConfig
-from .model import GPT, Attention
+from fastlm.config import OptimConfig
+from fastlm.model import GPT, Attention
 
 
 def build_optimizer(cfg: OptimConfig, model: GPT) -> torch.optim.Optimizer:

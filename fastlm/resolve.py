@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from .config import Config
-from .errors import InputError
-from .flops import memory_bytes, training_flops
+from fastlm.config import Config
+from fastlm.errors import InputError
+from fastlm.flops import memory_bytes, training_flops
 
 # On a CPU a compiled step is 8 - 18 % faster and compiling takes 11 s on two cores (LOG.md): runs of ten minutes gain.
 CPU_COMPILE_PAYS_FLOPS = 5e13

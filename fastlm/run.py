@@ -15,18 +15,18 @@ from typing import IO
 
 import torch
 
-from . import checkpoint
-from .arguments import build, flatten
-from .checkpoint import Checkpoint
-from .config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
-from .data import Dataset, WindowOrder, open_dataset
-from .errors import InputError
-from .flops import memory_bytes, parameters, training_flops
-from .log import METRICS, MetricsLog, draw_loss, read_metrics
-from .model import GPT
-from .optim import build_optimizer
-from .resolve import resolve, resolve_model
-from .tokenizer import Tokenizer, load_tokenizer
+from fastlm import checkpoint
+from fastlm.arguments import build, flatten
+from fastlm.checkpoint import Checkpoint
+from fastlm.config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
+from fastlm.data import Dataset, WindowOrder, open_dataset
+from fastlm.errors import InputError
+from fastlm.flops import memory_bytes, parameters, training_flops
+from fastlm.log import METRICS, MetricsLog, draw_loss, read_metrics
+from fastlm.model import GPT
+from fastlm.optim import build_optimizer
+from fastlm.resolve import resolve, resolve_model
+from fastlm.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZER_BYTES = 8  # a parameter: two fp32 moments at most

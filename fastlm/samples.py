@@ -8,9 +8,9 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-from .generate import generate
-from .model import GPT
-from .tokenizer import Tokenizer
+from fastlm.generate import generate
+from fastlm.model import GPT
+from fastlm.tokenizer import Tokenizer
 
 SAMPLES = 4
 SAMPLE_TOKENS = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import OptimConfig
+from fastlm.config import OptimConfig
 
 
 def multiplier(cfg: OptimConfig, step: int, total_steps: float) -> float:

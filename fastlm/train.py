@@ -27,19 +27,18 @@ import torch
 from torch import Tensor, nn
 
 import fastlm_kernels as fk
-
-from . import checkpoint
-from .config import Config, dump_config, parse_config
-from .data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
-from .errors import GuardStop, run_command
-from .evaluate import Evaluation, evaluate
-from .flops import flops_per_token, peak_flops
-from .log import MetricsLog, Progress, draw_loss, warn
-from .model import hash32
-from .optim import set_lr
-from .run import Prepared, prepare, total_steps
-from .samples import append_sample, draw_sample, drop_samples_after
-from .schedule import multiplier
+from fastlm import checkpoint
+from fastlm.config import Config, dump_config, parse_config
+from fastlm.data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
+from fastlm.errors import GuardStop, run_command
+from fastlm.evaluate import Evaluation, evaluate
+from fastlm.flops import flops_per_token, peak_flops
+from fastlm.log import MetricsLog, Progress, draw_loss, warn
+from fastlm.model import hash32
+from fastlm.optim import set_lr
+from fastlm.run import Prepared, prepare, total_steps
+from fastlm.samples import append_sample, draw_sample, drop_samples_after
+from fastlm.schedule import multiplier
 
 EVAL_SUBSET_TOKENS = 2**15  # predicted tokens in every evaluation but the last
 SKIPS_BEFORE_STOP = 10  # non-finite updates in a row after which going on could not help

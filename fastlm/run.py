@@ -20,7 +20,7 @@ from fastlm.arguments import build, flatten
 from fastlm.checkpoint import Checkpoint
 from fastlm.config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
 from fastlm.data import Dataset, WindowOrder, open_dataset
-from fastlm.errors import InputError
+from fastlm.errors import InputError, show
 from fastlm.flops import memory_bytes, parameters, training_flops
 from fastlm.log import METRICS, MetricsLog, draw_loss, read_metrics
 from fastlm.model import GPT
@@ -91,8 +91,7 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
     if is_finished(cfg, state, steps):
         if not start.same_run:
             raise InputError("--train.steps", steps, f"{start.checkpoint} is already at step {state.step}; give more")
-        with lock_directory(start.out):
-            complete_record(start.out, state)
+        complete_record(start.out, state)
         note(f"{start.out}: finished at step {state.step}, nothing to do")
         return None
     model = build_model(cfg, dataset.vocab_size, device)
@@ -131,9 +130,11 @@ def _continue(out: Path) -> Start:
         remedy = f"no checkpoint in it verifies ({bad[0][0].name}: {bad[0][1]}); move it away, or choose another --out"
         raise InputError("--out", out, remedy)
     if newest is None:
-        notes.append(f"{out} holds a run without a checkpoint: it starts again from step 0")
         config = out / "config.yaml"
-        return Start(out, None, load_config(config) if config.exists() else None, True, notes)
+        if not config.exists():
+            raise InputError("--out", out, "it holds files of something else than a run; choose another directory")
+        notes.append(f"{out} holds a run without a checkpoint: it starts again from step 0")
+        return Start(out, None, load_config(config), True, notes)
     notes.append(f"resuming {out} from {newest.name}")
     return Start(out, newest, load_config(newest / checkpoint.CONFIG), True, notes, [path for path, _ in bad])
 
@@ -170,10 +171,9 @@ def refuse_difference(start: Start, cfg: Config) -> None:
     """Two configurations in one directory would be two runs mixed."""
     assert start.stored is not None
     for key, old, new in config_difference(start.stored, cfg):
-        remedy = (
-            f"the run in {start.out} has {old}; give that, choose another --out, "
-            f"or --resume {start.checkpoint} to go on differently"
-        )
+        remedy = f"the run in {start.out} has {show(old)}; give that, or choose another --out"
+        if start.checkpoint is not None:
+            remedy += f", or --resume {start.checkpoint} to go on differently"
         raise InputError(f"--{key}", new, remedy)
 
 
@@ -199,7 +199,7 @@ def complete_record(out: Path, state: State) -> None:
     if any(line["event"] == "end" for line in read_metrics(out / METRICS)):
         return
     when = {"tokens": state.tokens, "seconds": state.seconds}
-    with MetricsLog(out, state.step, saved=when) as metrics:
+    with lock_directory(out), MetricsLog(out, state.step, saved=when) as metrics:
         metrics.write("end", step=state.step, **when)  # type: ignore[arg-type]
     draw_loss(out)
 
@@ -260,7 +260,10 @@ def load_optimizer(
 
 def lock_directory(out: Path) -> IO[str]:
     """Hold `out` for this process until the file returned is closed. Raises InputError if another one does."""
-    lock = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the lock is held
+    try:
+        lock = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the lock is held
+    except OSError as error:
+        raise InputError("--out", out, f"cannot write there ({error.strerror}); choose another directory") from None
     try:
         import fcntl
 

@@ -241,7 +241,11 @@ def test_a_folder_of_something_else_is_left_alone(corpus: Path, tmp_path: Path):
     with pytest.raises(InputError, match="my"):
         train(corpus, out)
     assert (out / "config.yaml").read_text() == "my: precious\n"
-    assert not (out / "metrics.jsonl").exists()
+    (out / "config.yaml").unlink()
+    (out / "metrics.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="something else"):
+        train(corpus, out)
+    assert (out / "metrics.jsonl").read_text() == "mine"
 
 
 def test_a_bad_checkpoint_is_put_aside_and_kept(corpus: Path, tmp_path: Path):

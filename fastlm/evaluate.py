@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     run = open_run(cfg.run, cfg.device)
     windows = eval_windows(_open_stream(run, cfg.data.path), run.cfg.data.seq_len, cfg.batch_size)
     token_bytes = None if run.tokenizer is None else run.tokenizer.token_bytes()
-    result = evaluate(run.model, windows, token_bytes, accuracy="accuracy" in names)
+    with run.kernels():
+        result = evaluate(run.model, windows, token_bytes, accuracy="accuracy" in names)
     report = {
         "run": str(run.checkpoint),
         "step": run.state["step"],

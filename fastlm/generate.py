@@ -107,17 +107,18 @@ def main(argv: list[str] | None = None) -> int:
     if run.tokenizer is None:
         raise InputError("RUN", cfg.run, "it was trained on shards without a tokenizer; nothing can decode its tokens")
     prompt = run.tokenizer.encode(clean(cfg.prompt)) or [run.document_start]
-    samples = generate(
-        run.model,
-        prompt,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        num_samples=cfg.num_samples,
-        eot_id=run.tokenizer.eot_id,
-    )
+    with run.kernels():
+        samples = generate(
+            run.model,
+            prompt,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            seed=cfg.seed,
+            num_samples=cfg.num_samples,
+            eot_id=run.tokenizer.eot_id,
+        )
     for number, ids in enumerate(samples, start=1):
         if cfg.num_samples > 1:
             sys.stdout.write(f"--- sample {number} of {cfg.num_samples}\n")

@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  loss.png  samples.md  checkpoints/step_00000200/...
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from typing import IO
 
 import torch
 
+import fastlm_kernels as fk
 from fastlm import checkpoint
 from fastlm.arguments import build, flatten
 from fastlm.checkpoint import Checkpoint
@@ -328,6 +330,11 @@ class Run:
     tokenizer: Tokenizer | None
     state: dict[str, object]
     checkpoint: Path
+
+    def kernels(self) -> contextlib.AbstractContextManager[object]:
+        """What to use the model in: PyTorch's ops on a CPU, where Triton's interpreter would take hours."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return fk.backend("torch") if on_cpu else contextlib.nullcontext()
 
     @property
     def document_start(self) -> int:

@@ -15,7 +15,7 @@ from fastlm.config import Config
 from fastlm.errors import InputError
 from fastlm.flops import memory_bytes, training_flops
 
-# On a CPU a compiled step is 8 - 18 % faster and compiling takes 11 s on two cores (LOG.md): runs of ten minutes gain.
+# On a CPU a compiled step was 9 and 16 % faster, compiling took 11 s (one thread, LOG.md): runs of ten minutes gain.
 CPU_COMPILE_PAYS_FLOPS = 5e13
 CPU_COMPILE_PAYS_SECONDS = 600
 MEMORY_SHARE = 0.8  # of the device's memory that a step may plan with

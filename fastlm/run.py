@@ -191,7 +191,7 @@ def compare_surroundings(start: Start, loaded: Checkpoint, dataset: Dataset, dev
 
 def refuse_several_processes() -> None:
     """Two processes in one run directory would overwrite each other."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         remedy = "training on more than one device comes with a later version; start one process"
         raise InputError("WORLD_SIZE", os.environ["WORLD_SIZE"], remedy)
 

@@ -189,10 +189,10 @@ def test_another_configuration_is_refused(change: list[str], corpus: Path, tmp_p
     before = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError) as error:
         main(flags(corpus, out, *change))
-    old = str({"--optim.lr": 0.03, "--seed": 1234, "--train.steps": 6}.get(change[0], ""))
-    assert change[0] in str(error.value)
-    assert change[1] in str(error.value)
-    assert old in str(error.value)
+    old = {"--optim.lr": 0.03, "--model.n_layer": 1, "--seed": 1234, "--data.seq_len": 16}
+    old |= {"--train.batch_size": 8, "--train.steps": 6}
+    assert str(error.value).startswith(f"{change[0]}: got {change[1]}; ")
+    assert f" has {old[change[0]]}; " in str(error.value)
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
@@ -279,9 +279,10 @@ def test_a_second_process_is_refused(corpus: Path, tmp_path: Path):
 
 
 def test_several_processes_are_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="later version"):
-        train(corpus, tmp_path / "run")
+    for size in ("2", "many"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(InputError, match="later version"):
+            train(corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

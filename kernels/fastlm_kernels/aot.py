@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from . import _runtime, configs
+from .check import leaves_of, outputs_of
 from .registry import KERNELS, Case
 
 REPORT = Path(__file__).with_name("aot_report.csv")
@@ -105,9 +106,8 @@ def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str)
     kernel = KERNELS[kernel_index]
     arguments = kernel.inputs(dtype, "meta", 0, **case)
     with _runtime.recording(architecture) as launches:
-        outputs = kernel.fused(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        leaves = [a for a in arguments if isinstance(a, Tensor)]
+        outputs = outputs_of(kernel.fused, arguments)
+        leaves = list(leaves_of(arguments).values())
         torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
     return launches
 
@@ -231,7 +231,7 @@ def code_lines(source: str) -> list[str]:
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
     modules = {kernel.fused.__module__ for kernel in KERNELS}
-    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_runtime")}
+    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_math", "_rows", "_runtime")}
     digest = hashlib.sha256()
     for name in sorted(modules):
         # The text, not a dump of its syntax tree: what a dump looks like changes with the version of Python.

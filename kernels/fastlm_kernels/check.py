@@ -20,7 +20,6 @@ under numpy 2.4 and newer: use an older numpy, or Triton 3.7.
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import _runtime
-from .registry import KERNELS, Case, Kernel, case_name, generator_of, random_tensor
+from .registry import KERNELS, Arguments, Case, Kernel, case_name, generator_of, random_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DRAWS = 8
@@ -54,45 +53,51 @@ class Error:
 
 
 def results(
-    fn: Callable[..., Any], arguments: tuple[Any, ...], upstream: tuple[Tensor, ...] | None = None
+    fn: Callable[..., Any], arguments: Arguments, upstream: tuple[Tensor, ...] | None = None
 ) -> dict[str, Tensor]:
     """fn's outputs ("output 0", ...) and, given `upstream`, the gradients of its arguments by parameter name."""
-    outputs = fn(*arguments)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs_of(fn, arguments)
     found = {f"output {i}": output for i, output in enumerate(outputs)}
-    named = zip(inspect.signature(fn).parameters, arguments, strict=False)
-    leaves = {name: a for name, a in named if isinstance(a, Tensor) and a.requires_grad}
+    leaves = leaves_of(arguments)
     if upstream is not None and leaves:
         grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
         found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def upstream_gradients(
-    fn: Callable[..., Any], arguments: tuple[Any, ...], seed: int | torch.Generator
-) -> tuple[Tensor, ...]:
+def outputs_of(fn: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
+    """fn's outputs, one or several, as a tuple."""
+    outputs = fn(**arguments)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def leaves_of(arguments: Arguments) -> dict[str, Tensor]:
+    """The arguments that want a gradient, by parameter name."""
+    return {name: a for name, a in arguments.items() if isinstance(a, Tensor) and a.requires_grad}
+
+
+def upstream_gradients(fn: Callable[..., Any], arguments: Arguments, seed: int | torch.Generator) -> tuple[Tensor, ...]:
     """A random upstream gradient for each output of fn, of its shape, dtype and device."""
     generator = generator_of(seed)
     with torch.no_grad():
-        outputs = fn(*arguments)
-    return tuple(
-        random_tensor(tuple(o.shape), o.dtype, o.device, generator).detach()
-        for o in (outputs if isinstance(outputs, tuple) else (outputs,))
-    )
+        outputs = outputs_of(fn, arguments)
+    return tuple(random_tensor(tuple(o.shape), o.dtype, o.device, generator).detach() for o in outputs)
 
 
-def _map(arguments: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-    return tuple(
-        change(a.detach()).requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments
-    )
+def _map(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    return {
+        name: change(a.detach()).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for name, a in arguments.items()
+    }
 
 
 def exact(
-    reference: Callable[..., Any], arguments: tuple[Any, ...], upstream: tuple[Tensor, ...], seed: int = 0
+    reference: Callable[..., Any], arguments: Arguments, upstream: tuple[Tensor, ...], seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The fp64 results and each one's change under input rounding (the second term of u), elementwise."""
-    truth = results(reference, _map(arguments, Tensor.double), _map(upstream, Tensor.double))
+    truth = results(reference, _map(arguments, Tensor.double), tuple(u.double() for u in upstream))
     change = {name: torch.zeros_like(tensor) for name, tensor in truth.items()}
     generator = torch.Generator().manual_seed(seed)
 
@@ -101,7 +106,7 @@ def exact(
         return tensor.double() * (1 + torch.finfo(tensor.dtype).eps * signs.to(tensor.device))
 
     for _ in range(_DRAWS):
-        moved = results(reference, _map(arguments, nudge), _map(upstream, nudge))
+        moved = results(reference, _map(arguments, nudge), tuple(nudge(u) for u in upstream))
         for name, tensor in moved.items():
             change[name] = torch.maximum(change[name], (tensor - truth[name]).abs())
     return truth, change
@@ -123,7 +128,7 @@ def _largest_and_rms(units: Tensor) -> tuple[float, float]:
 def compare(
     fused: Callable[..., Any],
     reference: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: Arguments,
     upstream: tuple[Tensor, ...],
 ) -> list[Error]:
     """The rule, applied to every output and gradient of `fused(*arguments)`."""
@@ -160,7 +165,7 @@ def _rows(names: list[str] | None, device: torch.device) -> Iterator[tuple[bool,
 
 def _row(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     errors = check_kernel(kernel, case, dtype, device)
-    path = _runtime.explain(kernel.fused, *kernel.inputs(dtype, device, 0, **case)).path
+    path = _runtime.explain(kernel.fused, **kernel.inputs(dtype, device, 0, **case)).path
     worst = max(errors, key=lambda e: (not e.ok, e.worst / e.worst_allowed))
     ok = all(e.ok for e in errors)
     label = f"{kernel.name:16}{str(dtype).removeprefix('torch.'):10}{case_name(case):28}{path:8}"

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime, configs
+from ._rows import accumulator, as_rows, sum_partials
 from ._runtime import Operator, kernel, launch, tl, with_kernel
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -414,33 +415,7 @@ def norm_weight_gradient_kernel(
         tl.store(DB + at, tl.sum(db, axis=0), mask=cols < N)
 
 
-@kernel(do_not_specialize=("P",))
-def sum_partials_kernel(PARTIAL, TOTAL, P, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
-    """TOTAL[n] = sum over p of PARTIAL[p, n], always in the same order."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    for start in range(0, P, BLOCK_M):
-        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (rows < P)[:, None] & (cols < N)[None, :]
-        total += tl.load(PARTIAL + rows[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    tl.store(TOTAL + cols, tl.sum(total, axis=0).to(TOTAL.dtype.element_ty), mask=cols < N)
-
-
 # Launchers.
-
-
-def _as_rows(tensor: Tensor, columns: int) -> Tensor:
-    """A (rows, columns) view with adjacent columns; a copy where strides allow no such view."""
-    try:
-        rows = tensor.view(-1, columns)
-    except RuntimeError:
-        return tensor.reshape(-1, columns)
-    return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()
-
-
-def _types(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
-    """The dtype of sums, for PyTorch and Triton; fp64 only to check the kernels by finite differences."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 def _one_dtype(*tensors: Tensor | None) -> bool:
@@ -472,8 +447,8 @@ def _launch_forward(
     )
     if rows == 0:
         return y, h, stats
-    x2 = _as_rows(x, columns)
-    r2 = x2 if residual is None else _as_rows(residual, columns)
+    x2 = as_rows(x, columns)
+    r2 = x2 if residual is None else as_rows(residual, columns)
     config = configs.row_config(configs.NORM_FORWARD, _runtime.architecture(x.device), columns)
     launch(
         norm_forward_kernel,
@@ -498,7 +473,7 @@ def _launch_forward(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         SAVE_STATS=save_stats,
-        ACC=_types(x.dtype)[1],
+        ACC=accumulator(x.dtype)[1],
     )
     return y, h, stats
 
@@ -519,7 +494,7 @@ def _fake_forward(
     h_like = x if residual is None else residual
     h = torch.empty((0,) if residual is None else x.shape, dtype=h_like.dtype, device=x.device)
     rows = x.numel() // columns if save_stats else 0
-    stats = torch.empty((1 + subtract_mean, rows), dtype=_types(x.dtype)[0], device=x.device)
+    stats = torch.empty((1 + subtract_mean, rows), dtype=accumulator(x.dtype)[0], device=x.device)
     return y, h, stats
 
 
@@ -547,9 +522,9 @@ def _launch_backward(
     if rows == 0:
         return dx, dr, dw.zero_(), db.zero_()
     need_dx, need_dr, need_dw, need_db = needs
-    acc = _types(x.dtype)[1]
-    x2, dy2 = _as_rows(x, columns), _as_rows(dy.resolve_neg(), columns)
-    dh2 = dy2 if dh is None else _as_rows(dh.resolve_neg(), columns)
+    acc = accumulator(x.dtype)[1]
+    x2, dy2 = as_rows(x, columns), as_rows(dy.resolve_neg(), columns)
+    dh2 = dy2 if dh is None else as_rows(dh.resolve_neg(), columns)
     table = _backward_table(need_db, dy, dh, x, weight)
     config = configs.row_config(table, _runtime.architecture(x.device), columns)
     whole_row = columns <= config.block_n
@@ -588,7 +563,7 @@ def _launch_backward(
         partial_dw, partial_db = _launch_long_weight_gradient(dy2, x2, stats, rows, columns, subtract_mean, needs)
     for needed, source, total in ((need_dw, partial_dw, dw), (need_db, partial_db, db)):
         if needed:
-            _launch_sum_partials(source, total, acc)
+            sum_partials(source, total)
     return grads
 
 
@@ -620,23 +595,9 @@ def _launch_long_weight_gradient(
         SUBTRACT_MEAN=subtract_mean,
         HAS_DW=needs[2],
         HAS_DB=needs[3],
-        ACC=_types(x2.dtype)[1],
+        ACC=accumulator(x2.dtype)[1],
     )
     return partial_dw, partial_db
-
-
-def _launch_sum_partials(partial: Tensor, total: Tensor, acc: Any) -> None:
-    programs, columns = partial.shape
-    config = configs.SUM_PARTIALS
-    launch(
-        sum_partials_kernel,
-        (-(-columns // config.block_n),),
-        (partial, total, programs, columns),
-        num_warps=config.num_warps,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        ACC=acc,
-    )
 
 
 def _fake_backward(

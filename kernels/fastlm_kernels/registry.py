@@ -18,6 +18,7 @@ from torch import Tensor
 from . import configs, norm
 
 Case = dict[str, Any]
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Kernel:
 
     fused      the public function
     reference  the same signature in plain PyTorch: CPU path, truth (in fp64) and baseline
-    inputs     (dtype, device, seed or generator, **case) -> positional arguments, the differentiable ones requiring
-               grad
+    inputs     (dtype, device, seed or generator, **case) -> arguments by parameter name, the differentiable ones
+               requiring grad
     small      cases for tests: odd lengths, views, every branch of the kernel
     quick      cases of moderate size: benches on a CPU; the last is what the quick ahead-of-time report compiles
     large      cases for benches on a GPU
@@ -38,7 +39,7 @@ class Kernel:
 
     fused: Callable[..., Any]
     reference: Callable[..., Any]
-    inputs: Callable[..., tuple[Any, ...]]
+    inputs: Callable[..., Arguments]
     small: tuple[Case, ...]
     quick: tuple[Case, ...]
     large: tuple[Case, ...]
@@ -112,22 +113,22 @@ def _norm_inputs(
     weight: bool = True,
     mixed: bool = False,
     eps: float = 1e-5,
-) -> tuple[Any, ...]:
-    """(input, [residual,] normalized_shape, weight, [bias,] eps); `mixed` gives the parameters another dtype.
+) -> Arguments:
+    """Arguments of the norms; `mixed` gives the parameters another dtype.
 
     The input's mean is far from 0 against its spread: a variance without the mean subtracted, or one lost to
     cancellation, shows.
     """
     g = generator_of(seed)
     other = _OTHER[dtype] if mixed else dtype
-    inputs: list[Any] = [random_tensor((rows, columns), dtype, device, g, scale=0.7, shift=1.5)]
+    arguments: Arguments = {"input": random_tensor((rows, columns), dtype, device, g, scale=0.7, shift=1.5)}
     if residual:
-        inputs.append(random_tensor((rows, columns), other, device, g, scale=2.0, shift=-0.5))
-    inputs.append((columns,))
-    inputs.append(random_tensor((columns,), other, device, g, shift=0.3) if weight else None)
+        arguments["residual"] = random_tensor((rows, columns), other, device, g, scale=2.0, shift=-0.5)
+    arguments["normalized_shape"] = (columns,)
+    arguments["weight"] = random_tensor((columns,), other, device, g, shift=0.3) if weight else None
     if bias:
-        inputs.append(random_tensor((columns,), other, device, g) if weight else None)
-    return (*inputs, eps)
+        arguments["bias"] = random_tensor((columns,), other, device, g) if weight else None
+    return {**arguments, "eps": eps}
 
 
 def _norm_traffic(residual: bool) -> Callable[[Case, torch.dtype, bool], int]:
@@ -146,15 +147,15 @@ def _norm_flops(per_element: int) -> Callable[[Case, bool], int]:
     return flops
 
 
-def _layer_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+def _layer_norm_inputs(*args: Any, **case: Any) -> Arguments:
     return _norm_inputs(*args, bias=True, **case)
 
 
-def _add_rms_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+def _add_rms_norm_inputs(*args: Any, **case: Any) -> Arguments:
     return _norm_inputs(*args, residual=True, **case)
 
 
-def _add_layer_norm_inputs(*args: Any, **case: Any) -> tuple[Any, ...]:
+def _add_layer_norm_inputs(*args: Any, **case: Any) -> Arguments:
     return _norm_inputs(*args, residual=True, bias=True, **case)
 
 

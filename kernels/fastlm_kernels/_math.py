@@ -19,7 +19,7 @@ def tanh(x):
     p = p * z - 0.05396648136669198
     p = p * z + 0.1333332542386223
     p = p * z - 0.3333333321331868
-    near = x + x * z * p
+    near = x * (1.0 + z * p)
     # By e^-2|x|, which cannot overflow.
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)

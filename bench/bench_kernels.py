@@ -87,7 +87,7 @@ def test_time(benchmark: Any, index: int, frozen: FrozenCase, backward: bool, pr
         seconds=taken,
         bytes_per_second=moved / taken,
         device=torch.cuda.get_device_name() if GPU else "cpu",
-        path=_runtime.explain(kernel.fused, *sets[0].arguments).path,
+        path=_runtime.explain(kernel.fused, **sets[0].arguments).path,
     )
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm_kernels.check import leaves_of, outputs_of
+from fastlm_kernels.registry import Arguments
+
 _ROTATE_BYTES = 512 << 20
 _MOST_COPIES = 64
 _ROUNDS = 7
@@ -23,7 +26,7 @@ _LEAST_SECONDS = 2e-3  # of one timed stretch: events are good to about a micros
 class Inputs(NamedTuple):
     """What one run reads."""
 
-    arguments: tuple[Any, ...]
+    arguments: Arguments
     upstream: tuple[Tensor, ...]
 
 
@@ -32,27 +35,29 @@ def step(fn: Callable[..., Any], backward: bool) -> Callable[[Inputs], Any]:
 
     def forward(inputs: Inputs) -> Any:
         with torch.no_grad():
-            return fn(*inputs.arguments)
+            return fn(**inputs.arguments)
 
     def forward_backward(inputs: Inputs) -> Any:
-        outputs = fn(*inputs.arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        leaves = [a for a in inputs.arguments if isinstance(a, Tensor) and a.requires_grad]
-        return torch.autograd.grad(outputs, leaves, inputs.upstream)
+        leaves = list(leaves_of(inputs.arguments).values())
+        return torch.autograd.grad(outputs_of(fn, inputs.arguments), leaves, inputs.upstream)
 
     return forward_backward if backward else forward
 
 
 def copies(inputs: Inputs) -> list[Inputs]:
     """The inputs and copies of them, at most `_MOST_COPIES`, together `_ROTATE_BYTES` or more."""
-    tensors = [a for a in (*inputs.arguments, *inputs.upstream) if isinstance(a, Tensor)]
+    tensors = [a for a in (*inputs.arguments.values(), *inputs.upstream) if isinstance(a, Tensor)]
     size = sum(t.numel() * t.element_size() for t in tensors)
     count = 1 if size == 0 else min(_MOST_COPIES, -(-_ROTATE_BYTES // size))
-    return [inputs] + [Inputs(_copied(inputs.arguments), _copied(inputs.upstream)) for _ in range(count - 1)]
+    return [inputs] + [_copied(inputs) for _ in range(count - 1)]
 
 
-def _copied(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in values)
+def _copied(inputs: Inputs) -> Inputs:
+    def copy(value: Any) -> Any:
+        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    arguments = {name: copy(value) for name, value in inputs.arguments.items()}
+    return Inputs(arguments, tuple(map(copy, inputs.upstream)))
 
 
 def captured(run: Callable[[Inputs], Any], sets: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
@@ -100,7 +105,7 @@ def host_seconds(call: Callable[[], Any]) -> float:
 
 def measure(run: Callable[[Inputs], Any], sets: Sequence[Inputs]) -> tuple[Callable[[], None], float]:
     """(a call that runs once on each set and waits, seconds of one run); on a GPU captured and timed there."""
-    if not any(isinstance(a, Tensor) and a.is_cuda for a in sets[0].arguments):
+    if not any(isinstance(a, Tensor) and a.is_cuda for a in sets[0].arguments.values()):
 
         def each() -> None:
             for inputs in sets:

@@ -17,33 +17,36 @@ _MOAT = 64
 
 def moat(tensor: Tensor) -> Tensor:
     """The tensor in the middle of a larger buffer of NaN: a read outside it shows in the result."""
-    buffer = torch.full((tensor.numel() + 2 * _MOAT,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    buffer = _poisoned((tensor.numel() + 2 * _MOAT,), tensor)
     return _fill(buffer[_MOAT : _MOAT + tensor.numel()].view(tensor.shape), tensor)
 
 
 def offset(tensor: Tensor) -> Tensor:
     """The same, one element off: no 16-byte alignment."""
-    buffer = torch.full((tensor.numel() + 2 * _MOAT,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    buffer = _poisoned((tensor.numel() + 2 * _MOAT,), tensor)
     return _fill(buffer[_MOAT + 1 : _MOAT + 1 + tensor.numel()].view(tensor.shape), tensor)
 
 
 def padded(tensor: Tensor) -> Tensor:
     """Rows inside wider rows of NaN."""
-    buffer = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 7), torch.nan, dtype=tensor.dtype)
-    return _fill(buffer.to(tensor.device)[..., 3 : 3 + tensor.shape[-1]], tensor)
+    if tensor.dim() == 0:
+        return moat(tensor)
+    buffer = _poisoned((*tensor.shape[:-1], tensor.shape[-1] + 7), tensor)
+    return _fill(buffer[..., 3 : 3 + tensor.shape[-1]], tensor)
 
 
 def transposed(tensor: Tensor) -> Tensor:
     """First and last axis exchanged in memory; adjacent elements lie far apart."""
     if tensor.dim() < 2:
         return strided(tensor)
-    return _fill(torch.full_like(tensor.transpose(0, -1), torch.nan).contiguous().transpose(0, -1), tensor)
+    return _fill(_poisoned(tuple(tensor.transpose(0, -1).shape), tensor).transpose(0, -1), tensor)
 
 
 def strided(tensor: Tensor) -> Tensor:
     """Every other element of rows twice as long, NaN between."""
-    shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
-    return _fill(torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)[..., ::2], tensor)
+    if tensor.dim() == 0:
+        return moat(tensor)
+    return _fill(_poisoned((*tensor.shape[:-1], 2 * tensor.shape[-1]), tensor)[..., ::2], tensor)
 
 
 def expanded(tensor: Tensor) -> Tensor:
@@ -54,6 +57,12 @@ def expanded(tensor: Tensor) -> Tensor:
 
 
 LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (moat, offset, padded, transposed, strided, expanded)
+
+
+def _poisoned(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """NaN everywhere; the largest integer, which no class has, for integers."""
+    poison = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).max
+    return torch.full(shape, poison, dtype=like.dtype, device=like.device)
 
 
 def _fill(view: Tensor, values: Tensor) -> Tensor:

@@ -56,18 +56,13 @@ def test_row_strides_that_vary_compile_two_binaries_at_most(index: int) -> None:
     """One for strides that 16 divides, whose loads may be wide, one for all others."""
     kernel, found = KERNELS[index], {}
     for stride in (1040, 2048, 1072, 1041, 1042, 1048, 3000, 100_000, 99_999):
-        arguments = tuple(
-            torch.empty(64, stride, device="meta", dtype=a.dtype)[:, :1024].requires_grad_()
-            if isinstance(a, torch.Tensor) and a.dim() == 2
+        arguments = {
+            name: torch.empty(64, stride, device="meta", dtype=a.dtype)[:, :1024].requires_grad_()
+            if isinstance(a, torch.Tensor) and a.shape == (64, 1024)
             else a
-            for a in kernel.inputs(torch.bfloat16, "meta", 0, rows=64, columns=1024)
-        )
-        with _runtime.recording("sm_90") as launches:
-            outputs = kernel.fused(*arguments)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            leaves = [a for a in arguments if isinstance(a, torch.Tensor)]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
-        for launch in launches:
+            for name, a in kernel.inputs(torch.bfloat16, "meta", 0, rows=64, columns=1024).items()
+        }
+        for launch in aot.record_call(kernel, arguments, "sm_90"):
             source, options = aot.specialise(launch, "sm_90", True)
             binaries = found.setdefault(launch.kernel.__name__, {})
             binaries.setdefault(f"{source.hash()} {options.hash()}", set()).add(stride % 16 == 0)

@@ -53,14 +53,15 @@ def test_kernel_benches_run_and_say_what_they_timed(tmp_path: Path) -> None:
 def test_every_run_reads_inputs_and_upstream_gradients_of_its_own() -> None:
     """Copies of all tensors, leaves as before, together larger than a cache; few of large ones."""
     x = torch.ones(1 << 20, requires_grad=True)  # 4 MiB, as is the upstream gradient
-    sets = copies(Inputs((x, (8,), None), (torch.ones(1 << 20),)))
+    sets = copies(Inputs({"x": x, "shape": (8,), "y": None}, (torch.ones(1 << 20),)))
     assert len(sets) == 64
-    tensors = [t for inputs in sets for t in (inputs.arguments[0], *inputs.upstream)]
+    tensors = [t for inputs in sets for t in (inputs.arguments["x"], *inputs.upstream)]
     assert len({t.data_ptr() for t in tensors}) == 128
     assert sum(t.nbytes for t in tensors) >= 512 << 20
-    assert all(inputs.arguments[0].requires_grad and inputs.arguments[1:] == ((8,), None) for inputs in sets)
-    assert len(copies(Inputs((x.repeat(8),), (torch.ones(1),)))) == 16
-    assert len(copies(Inputs(((8,),), ()))) == 1
+    assert all(inputs.arguments["x"].requires_grad for inputs in sets)
+    assert all({**inputs.arguments, "x": 0} == {"x": 0, "shape": (8,), "y": None} for inputs in sets)
+    assert len(copies(Inputs({"x": x.repeat(8)}, (torch.ones(1),)))) == 16
+    assert len(copies(Inputs({"shape": (8,)}, ()))) == 1
 
 
 def test_measured_call_runs_once_a_set() -> None:
@@ -71,7 +72,7 @@ def test_measured_call_runs_once_a_set() -> None:
         seen.append(x.item())
         return 2 * x
 
-    sets = [Inputs((torch.tensor(float(i), requires_grad=True),), (torch.tensor(1.0),)) for i in range(3)]
+    sets = [Inputs({"x": torch.tensor(float(i), requires_grad=True)}, (torch.tensor(1.0),)) for i in range(3)]
     call, taken = measure(step(double, True), sets)
     seen.clear()
     call()

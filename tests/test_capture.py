@@ -16,21 +16,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime
-from fastlm_kernels.registry import KERNELS, Kernel
+from fastlm_kernels.check import outputs_of
+from fastlm_kernels.registry import KERNELS, Arguments, Kernel
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 pytestmark = pytest.mark.needs_triton
 
 
-def fake_inputs(kernel: Kernel, dtype: torch.dtype) -> tuple[Any, ...]:
+def fake_inputs(kernel: Kernel, dtype: torch.dtype) -> Arguments:
     """The kernel's arguments as fake CUDA tensors; call under a FakeTensorMode."""
-    real = kernel.inputs(dtype, "meta", 0, rows=6, columns=32, mixed=True)
-    return tuple(torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a for a in real)
-
-
-def flat(outputs: Any) -> tuple[Tensor, ...]:
-    """One output or several as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    real = kernel.inputs(dtype, "meta", 0, rows=6, columns=32)
+    return {
+        name: torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, Tensor) else a
+        for name, a in real.items()
+    }
 
 
 @every_kernel
@@ -39,27 +38,27 @@ def test_fake_cuda_results_have_the_references_form(kernel: Kernel, dtype: torch
     """Shapes, dtypes and devices of the outputs."""
     with FakeTensorMode():
         arguments = fake_inputs(kernel, dtype)
-        assert _runtime.explain(kernel.fused, *arguments).path == "triton"
-        ours, theirs = (flat(fn(*arguments)) for fn in (kernel.fused, kernel.reference))
+        assert _runtime.explain(kernel.fused, **arguments).path == "triton"
+        ours, theirs = (outputs_of(fn, arguments) for fn in (kernel.fused, kernel.reference))
         assert [(t.shape, t.dtype, t.device) for t in ours] == [(t.shape, t.dtype, t.device) for t in theirs]
 
 
 @every_kernel
 def test_captured_graph_holds_the_operator(kernel: Kernel) -> None:
-    """Traced into a graph: our operator, none of PyTorch's norms."""
+    """Traced into a graph: our operator, and nothing of PyTorch's that does its work."""
     with FakeTensorMode() as mode:
         arguments = fake_inputs(kernel, torch.bfloat16)
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
 
-    def step(*tensors: Tensor) -> Any:
-        rest = iter(tensors)
-        return kernel.fused(*[next(rest) if isinstance(a, Tensor) else a for a in arguments])
+    def step(*given: Tensor) -> Any:
+        return kernel.fused(**arguments | dict(zip(tensors, given, strict=True)))
 
     with mode:
-        code = make_fx(step)(*tensors).code
+        code = make_fx(step)(*tensors.values()).code
     assert code.count(f"ops.{_runtime.NAMESPACE}.") == 1
-    assert "ops.aten.native_layer_norm" not in code
-    assert "aten.rms_norm" not in code
+    assert f"aten.{kernel.name}" not in code
+    assert "aten.native_" not in code
+    assert "aten.mm" not in code
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])

@@ -50,7 +50,7 @@ class _Loss(torch.autograd.Function):
 def test_pytorchs_own_op_passes_everywhere(dtype: torch.dtype) -> None:
     """The baseline meets its own rule, with room."""
     x = numbers(0, 20, 33, dtype=dtype).requires_grad_()
-    errors = compare(softmax, softmax, (x,), (numbers(1, 20, 33, dtype=dtype),))
+    errors = compare(softmax, softmax, {"x": x}, (numbers(1, 20, 33, dtype=dtype),))
     assert [e.quantity for e in errors] == ["output 0", "gradient of x"]
     assert all(e.ok for e in errors)
 
@@ -71,7 +71,7 @@ def test_pytorchs_own_op_passes_everywhere(dtype: torch.dtype) -> None:
 def test_wrong_results_fail(wrong: Any, dtype: torch.dtype) -> None:
     """Small, local and one-sided errors."""
     x = numbers(0, 20, 33, dtype=dtype).requires_grad_()
-    errors = compare(wrong, softmax, (x,), (numbers(1, 20, 33, dtype=dtype),))
+    errors = compare(wrong, softmax, {"x": x}, (numbers(1, 20, 33, dtype=dtype),))
     assert not all(e.ok for e in errors)
 
 
@@ -79,15 +79,9 @@ def test_wrong_results_fail(wrong: Any, dtype: torch.dtype) -> None:
 def test_gradient_without_its_small_terms_fails(dtype: torch.dtype) -> None:
     """An error measured against the largest value would pass this one in bf16."""
     x, target = numbers(0, 8, 500, dtype=dtype).requires_grad_(), torch.arange(8)
-    arguments, upstream = (x, target), (torch.tensor(1.0, dtype=dtype),)
+    arguments, upstream = {"input": x, "target": target}, (torch.tensor(1.0, dtype=dtype),)
     right = compare(F.cross_entropy, F.cross_entropy, arguments, upstream)
-    # Parameter names differ between the two functions: compare under one.
-    wrong = compare(
-        lambda input, target: _Loss.apply(input, target),
-        lambda input, target: F.cross_entropy(input, target),
-        arguments,
-        upstream,
-    )
+    wrong = compare(lambda input, target: _Loss.apply(input, target), F.cross_entropy, arguments, upstream)
     assert all(e.ok for e in right)
     assert [e.quantity for e in wrong if not e.ok] == ["gradient of input"]
 
@@ -104,7 +98,7 @@ def test_lower_precision_inside_fails(dtype: torch.dtype) -> None:
             total = total + part.sum(1)
         return (total / 4000).to(dtype)
 
-    errors = compare(coarse, lambda x: x.mean(1), (x,), (numbers(1, 4, dtype=dtype),))
+    errors = compare(coarse, lambda x: x.mean(1), {"x": x}, (numbers(1, 4, dtype=dtype),))
     assert not errors[0].ok
 
 
@@ -131,9 +125,9 @@ def test_an_error_of_pytorchs_where_none_is_allowed_does_not_excuse_ours() -> No
     def baseline(x: Tensor) -> Tensor:
         return 2 * x + (0.0 if x.dtype == torch.float64 else 1e-30) * (x == 0)
 
-    assert all(e.ok for e in compare(lambda x: 2 * x, baseline, (x,), (torch.ones(33),)))
-    assert not any(e.ok for e in compare(lambda x: 2.01 * x, baseline, (x,), (torch.ones(33),)))
-    assert not any(e.ok for e in compare(baseline, baseline, (x,), (torch.ones(33),)))
+    assert all(e.ok for e in compare(lambda x: 2 * x, baseline, {"x": x}, (torch.ones(33),)))
+    assert not any(e.ok for e in compare(lambda x: 2.01 * x, baseline, {"x": x}, (torch.ones(33),)))
+    assert not any(e.ok for e in compare(baseline, baseline, {"x": x}, (torch.ones(33),)))
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

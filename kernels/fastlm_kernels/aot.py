@@ -38,7 +38,7 @@ from torch import Tensor
 
 from . import _runtime, configs
 from .check import leaves_of, outputs_of
-from .registry import KERNELS, Case
+from .registry import KERNELS, Arguments, Case, Kernel
 
 REPORT = Path(__file__).with_name("aot_report.csv")
 QUICK_ARCHITECTURES = ("sm_89", "sm_90")
@@ -104,7 +104,11 @@ class _Pointer:
 def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str) -> list[_runtime.Launch]:
     """The launches of one registry kernel's forward and backward on `architecture`, made on no device."""
     kernel = KERNELS[kernel_index]
-    arguments = kernel.inputs(dtype, "meta", 0, **case)
+    return record_call(kernel, kernel.inputs(dtype, "meta", 0, **case), architecture)
+
+
+def record_call(kernel: Kernel, arguments: Arguments, architecture: str) -> list[_runtime.Launch]:
+    """The launches of one call, forward and backward."""
     with _runtime.recording(architecture) as launches:
         outputs = outputs_of(kernel.fused, arguments)
         leaves = list(leaves_of(arguments).values())

@@ -5,18 +5,22 @@ An architecture without a table of its own uses "generic", which fits every supp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A tile of `block_m` rows x `block_n` columns worked on by `num_warps` warps."""
+    """A tile of `block_m` rows x `block_n` columns worked on by `num_warps` warps.
+
+    num_stages  tiles in flight in a program that walks several: all but one of them in shared memory
+    """
 
     block_m: int
     block_n: int
     num_warps: int
+    num_stages: int = 1
 
 
 RowTable = dict[str, tuple[RowConfig, ...]]
@@ -36,16 +40,29 @@ _WHOLE_ROWS = (
 # A wavefront has 64 lanes there: half as many make the same threads, and 1024 threads are the limit.
 _WHOLE_ROWS_GFX942 = tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _WHOLE_ROWS)
 
+
+def _in_flight(rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
+    """The same tiles for a program that walks many rows, two more of them on their way, one more of the widest.
+
+    A multiprocessor of an H200 must have 26 KB in flight to read at full speed; 16 warps at one row of 768 each,
+    x and dy in 16 bits, have 12 KB.
+    """
+    return tuple(replace(c, num_stages=3 if c.block_n <= 2048 else 2 if c.block_n <= 4096 else 1) for c in rows)
+
+
 NORM_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
-NORM_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
+NORM_BACKWARD: RowTable = {"generic": _in_flight(_WHOLE_ROWS), "gfx942": _in_flight(_WHOLE_ROWS_GFX942)}
 # A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100 and sm_120, and
 # with tensors of two dtypes, whose loads differ in width, on every NVIDIA architecture.
 NORM_BACKWARD_BIAS: RowTable = {
-    "generic": _WHOLE_ROWS[:-1],
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), _WHOLE_ROWS),
-    "gfx942": _WHOLE_ROWS_GFX942,
+    "generic": NORM_BACKWARD["generic"][:-1],
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), NORM_BACKWARD["generic"]),
+    "gfx942": NORM_BACKWARD["gfx942"],
 }
-NORM_BACKWARD_BIAS_MIXED: RowTable = {"generic": _WHOLE_ROWS[:-1], "gfx942": _WHOLE_ROWS_GFX942}
+NORM_BACKWARD_BIAS_MIXED: RowTable = {
+    "generic": NORM_BACKWARD["generic"][:-1],
+    "gfx942": NORM_BACKWARD["gfx942"],
+}
 # Without this the assembler stops at 32 to 96 and spills 8 or 16 bytes in some binaries; none of them needs more.
 NORM_REGISTERS = 128
 

@@ -242,28 +242,19 @@ def norm_forward_kernel(
 
 
 @kernel()
-def _load_backward(
-    X,
-    DY,
-    W,
-    weight_offset,
-    x_at,
-    dy_at,
-    cols,
-    col_ok,
-    mask,
-    mean,
-    rstd,
-    HAS_WEIGHT: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _load_weight(W, weight_offset, cols, N, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    w = tl.full(cols.shape, 1.0, ACC)
+    if HAS_WEIGHT:
+        w = tl.load(W + cols, mask=cols < N, other=0.0).to(ACC) + weight_offset
+    return w
+
+
+@kernel()
+def _load_backward(X, DY, w, x_at, dy_at, mask, mean, rstd, ACC: tl.constexpr):
     """x^, dy and g = dy w of one tile; dy and g are 0 outside the mask."""
     dy = tl.load(DY + dy_at, mask=mask, other=0.0).to(ACC)
     xhat = (tl.load(X + x_at, mask=mask, other=0.0).to(ACC) - mean[:, None]) * rstd[:, None]
-    g = dy
-    if HAS_WEIGHT:
-        g = dy * (tl.load(W + cols, mask=col_ok, other=0.0).to(ACC) + weight_offset)[None, :]
-    return xhat, dy, g
+    return xhat, dy, dy * w[None, :]
 
 
 @kernel()
@@ -303,14 +294,18 @@ def norm_backward_kernel(
     HAS_DR: tl.constexpr,
     HAS_DW: tl.constexpr,
     HAS_DB: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     db = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    # Program p takes tiles p, p + programs, p + 2 programs, ...: a fixed order, whatever runs first.
-    for step in range(steps):
+    if WHOLE_ROW:
+        w = _load_weight(W, weight_offset, cols, N, HAS_WEIGHT, ACC)
+    # Program p takes tiles p, p + programs, p + 2 programs, ...: a fixed order, whatever runs first. STAGES - 1 tiles
+    # are on their way while one is summed: a row's sums alone would leave memory idle.
+    for step in tl.range(0, steps, num_stages=STAGES):
         tile = (step * tl.num_programs(0) + program).to(tl.int64)
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = rows < M
@@ -321,12 +316,9 @@ def norm_backward_kernel(
         if SUBTRACT_MEAN:
             mean = tl.load(STATS + M + rows, mask=row_ok, other=0.0)
         if WHOLE_ROW:
-            col_ok = cols < N
-            mask = row_ok[:, None] & col_ok[None, :]
+            mask = row_ok[:, None] & (cols < N)[None, :]
             x_at, dy_at = x_rows + cols[None, :], dy_rows + cols[None, :]
-            xhat, dy, g = _load_backward(
-                X, DY, W, weight_offset, x_at, dy_at, cols, col_ok, mask, mean, rstd, HAS_WEIGHT, ACC
-            )
+            xhat, dy, g = _load_backward(X, DY, w, x_at, dy_at, mask, mean, rstd, ACC)
             # dw = sum over rows of dy x^, db = sum over rows of dy
             if HAS_DW:
                 dw += dy * xhat
@@ -345,23 +337,19 @@ def norm_backward_kernel(
             sum_g = tl.zeros([BLOCK_M], dtype=ACC)
             for start in range(0, N, BLOCK_N):
                 at = start + cols
-                col_ok = at < N
-                mask = row_ok[:, None] & col_ok[None, :]
+                mask = row_ok[:, None] & (at < N)[None, :]
                 x_at, dy_at = x_rows + at[None, :], dy_rows + at[None, :]
-                xhat, dy, g = _load_backward(
-                    X, DY, W, weight_offset, x_at, dy_at, at, col_ok, mask, mean, rstd, HAS_WEIGHT, ACC
-                )
+                w_block = _load_weight(W, weight_offset, at, N, HAS_WEIGHT, ACC)
+                xhat, dy, g = _load_backward(X, DY, w_block, x_at, dy_at, mask, mean, rstd, ACC)
                 sum_gx += tl.sum(g * xhat, axis=1)
                 if SUBTRACT_MEAN:
                     sum_g += tl.sum(g, axis=1)
             for start in range(0, N, BLOCK_N):
                 at = start + cols
-                col_ok = at < N
-                mask = row_ok[:, None] & col_ok[None, :]
+                mask = row_ok[:, None] & (at < N)[None, :]
                 x_at, dy_at = x_rows + at[None, :], dy_rows + at[None, :]
-                xhat, dy, g = _load_backward(
-                    X, DY, W, weight_offset, x_at, dy_at, at, col_ok, mask, mean, rstd, HAS_WEIGHT, ACC
-                )
+                w_block = _load_weight(W, weight_offset, at, N, HAS_WEIGHT, ACC)
+                xhat, dy, g = _load_backward(X, DY, w_block, x_at, dy_at, mask, mean, rstd, ACC)
                 dx = (g - xhat * (sum_gx / N)[:, None] - (sum_g / N)[:, None]) * rstd[:, None]
                 h_at, dx_at = dh_rows + at[None, :], dx_rows + at[None, :]
                 _store_dx(dx, DH, DX, DR, h_at, dx_at, mask, HAS_DH, HAS_DR, ACC)
@@ -557,6 +545,7 @@ def _launch_backward(
             HAS_DR=need_dr,
             HAS_DW=need_dw and whole_row,
             HAS_DB=need_db and whole_row,
+            STAGES=config.num_stages,
             ACC=acc,
         )
     if (need_dw or need_db) and not whole_row:

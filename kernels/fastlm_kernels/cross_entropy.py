@@ -19,6 +19,7 @@ converted first, so p - 1 of a confident token keeps its digits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -151,6 +152,67 @@ def cross_entropy_reference(
     z = _z_part(logits, target, weight, ignore_index, reduction, z_loss, num_items)
     loss = loss + z if z_loss else loss
     return (loss, z.detach()) if return_z_loss else loss
+
+
+# Launchers. linear_cross_entropy uses them on chunks of logits.
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the kernels of one loss agree on; see the module's text."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+
+# Fp32 numbers a row, in this order: loss (z included), z, lse, what rounding took from lse, weight in the denominator.
+ROW_VALUES = 5
+LSE = slice(2, 4)
+
+
+def launch_rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    rows: Tensor,
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> None:
+    """Fill rows (ROW_VALUES, M) from logits (M, C), adjacent columns; and the gradient (M, C), if one is given.
+
+    target (M,) int64 or uint8, weight (C,) or None. `rows` may be a slice of a larger buffer, [:, first : first + M],
+    with adjacent columns. The gradient is the loss's of each row by its logits, times `upstream` (M,) or 0-d if given,
+    and divided by nothing; it may be the logits' own memory. On a CPU a target outside [0, C) raises IndexError.
+    """
+    raise NotImplementedError
+
+
+def launch_reduce(rows: Tensor, reduction: str, num_items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, z, denominator), 0-d, of rows (ROW_VALUES, M) under "mean" or "sum"; num_items 0-d, on their device."""
+    raise NotImplementedError
+
+
+def launch_gradient(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    lse: Tensor,
+    gradient: Tensor,
+    upstream: Tensor | None = None,
+    denominator: Tensor | None = None,
+    first_class: int = 0,
+    classes: int | None = None,
+) -> None:
+    """gradient (M, n) = upstream / denominator * dloss/dlogits, for classes [first_class, first_class + n).
+
+    logits (M, n) holds those classes alone, of `classes` in all (None: n). weight (classes,); lse (2, M) is
+    rows[LSE]; upstream 0-d or (M,) of any stride, denominator 0-d, 1 where None. gradient may be the logits' memory.
+    """
+    raise NotImplementedError
 
 
 @without_kernel("cross_entropy has no kernel yet: PyTorch's operator")

@@ -106,7 +106,7 @@ def test_weight_offset_gradients_are_accurate() -> None:
     def reference(x: Tensor, w: Tensor) -> Tensor:
         return F.rms_norm(x, (40,), w + 1.0, 1e-6)
 
-    errors = compare(fused, reference, (x, w), (rows(2, 7, 40),))
+    errors = compare(fused, reference, {"x": x, "w": w}, (rows(2, 7, 40),))
     assert all(error.ok for error in errors), errors
 
 
@@ -131,7 +131,7 @@ def test_a_large_mean_does_not_cancel(columns: int) -> None:
     errors = compare(
         lambda x: fk.layer_norm(x, (columns,)),
         lambda x: F.layer_norm(x, (columns,)),
-        (x,),
+        {"x": x},
         (rows(1, 3, columns),),
     )
     assert all(error.ok for error in errors), errors
@@ -223,7 +223,7 @@ def test_kernel_writes_autocasts_dtype_itself(
     errors = compare(
         lambda x, w: fk.rms_norm(x, (40,), w, 1e-5),
         lambda x, w: F.rms_norm(widen(x), (40,), widen(w), 1e-5),
-        (x, w),
+        {"x": x, "w": w},
         upstream,
     )
     assert all(error.ok for error in errors), errors

@@ -301,7 +301,9 @@ def norm_backward_kernel(
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     db = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
-    if WHOLE_ROW:
+    # The widest tile has no registers to keep it in.
+    KEEP_WEIGHT: tl.constexpr = WHOLE_ROW and STAGES > 1
+    if KEEP_WEIGHT:
         w = _load_weight(W, weight_offset, cols, N, HAS_WEIGHT, ACC)
     # Program p takes tiles p, p + programs, p + 2 programs, ...: a fixed order, whatever runs first. STAGES - 1 tiles
     # are on their way while one is summed: a row's sums alone would leave memory idle.
@@ -318,6 +320,8 @@ def norm_backward_kernel(
         if WHOLE_ROW:
             mask = row_ok[:, None] & (cols < N)[None, :]
             x_at, dy_at = x_rows + cols[None, :], dy_rows + cols[None, :]
+            if not KEEP_WEIGHT:
+                w = _load_weight(W, weight_offset, cols, N, HAS_WEIGHT, ACC)
             xhat, dy, g = _load_backward(X, DY, w, x_at, dy_at, mask, mean, rstd, ACC)
             # dw = sum over rows of dy x^, db = sum over rows of dy
             if HAS_DW:

@@ -349,8 +349,8 @@ def _device_multiprocessors(index: int) -> int:
 class Operator:
     """A forward and a backward launcher as one differentiable function.
 
-    forward(*inputs)                    launches kernels, returns a tuple of tensors
-    fake(*inputs)                       the same tuple, nothing computed
+    forward(*inputs)                    launches kernels, returns a tensor or a tuple of tensors
+    fake(*inputs)                       the same form, nothing computed
     setup_context(ctx, inputs, output)  saves what backward needs
     backward(ctx, *grads)               a gradient (or None) for each input
 
@@ -363,8 +363,8 @@ class Operator:
     def __init__(
         self,
         schema: str,
-        forward: Callable[..., tuple[Tensor, ...]],
-        fake: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., Tensor | tuple[Tensor, ...]],
+        fake: Callable[..., Tensor | tuple[Tensor, ...]],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Any, ...]] | None = None,
     ):
@@ -376,7 +376,7 @@ class Operator:
             self.op.register_autograd(backward, setup_context=setup_context)
         self._function = _autograd_function(name, forward, setup_context, backward or _raise_for(name))
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Any) -> Any:
         """Run on `inputs`, the first of them a tensor: by the operator while capturing, else straight."""
         if capturing(inputs[0]):
             return self.op(*inputs)

@@ -23,6 +23,14 @@ class RowConfig:
     num_stages: int = 1
 
 
+@dataclass(frozen=True)
+class ElementwiseConfig:
+    """A tile of `tile_bytes` of each tensor worked on by `num_warps` warps; a power of two."""
+
+    tile_bytes: int
+    num_warps: int
+
+
 RowTable = dict[str, tuple[RowConfig, ...]]
 
 # Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
@@ -64,7 +72,35 @@ NORM_BACKWARD_BIAS_MIXED: RowTable = {
     "gfx942": NORM_BACKWARD["gfx942"],
 }
 # Without this the assembler stops at 32 to 96 and spills 8 or 16 bytes in some binaries; none of them needs more.
-NORM_REGISTERS = 128
+NORM_REGISTERS = 144
+
+# Rotary embedding: block_m positions of heads of up to block_n padded channels. 16 elements a thread, two 16-byte loads
+# in 16 bits: one for each half of the head.
+_HEADS = (
+    RowConfig(256, 8, 4),
+    RowConfig(128, 16, 4),
+    RowConfig(64, 32, 4),
+    RowConfig(32, 64, 4),
+    RowConfig(16, 128, 4),
+    RowConfig(8, 256, 4),
+    RowConfig(4, 512, 4),
+    RowConfig(2, 1024, 4),
+    RowConfig(1, 2048, 4),
+)
+ROTARY: RowTable = {
+    "generic": _HEADS,
+    "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _HEADS),
+}
+_ROTARY_GROUP_HEADS = 8
+
+# Elementwise functions: 32 bytes of each tensor a thread, two 16-byte loads. Tiles do not depend on how many elements
+# there are: a binary for each size would be compiled in the middle of training.
+ELEMENTWISE: dict[str, ElementwiseConfig] = {
+    "generic": ElementwiseConfig(tile_bytes=4096, num_warps=4),
+    "gfx942": ElementwiseConfig(tile_bytes=4096, num_warps=2),
+}
+# Columns of a tile of rows, where their number has no larger power of two as a factor.
+_NARROWEST_TILE = 64
 
 # Rows longer than any table's are walked in blocks of this many columns.
 LONG_ROW = RowConfig(1, 4096, 16)
@@ -83,3 +119,20 @@ def row_config(table: RowTable, architecture: str, columns: int) -> RowConfig:
 def programs_per_multiprocessor(config: RowConfig) -> int:
     """How many programs a multiprocessor should hold: 16 warps, at least two programs to hide latency."""
     return max(2, 16 // config.num_warps)
+
+
+def rotary_group_heads(tiles: int, resident: int) -> int:
+    """How many heads share one load of cos and sin: as many as leave 8 programs a resident one, 8 at most."""
+    return max(1, min(_ROTARY_GROUP_HEADS, tiles // (8 * resident)))
+
+
+def elementwise_config(architecture: str, itemsize: int, rows: int, columns: int) -> RowConfig:
+    """The tile for `rows` rows of `columns` elements of `itemsize` bytes; dense tensors are one row of everything."""
+    config = ELEMENTWISE.get(architecture, ELEMENTWISE["generic"])
+    elements = config.tile_bytes // itemsize
+    # In rows as many columns as divide them, so that no tile is partly empty and every load is wide.
+    width = columns & -columns
+    if width < _NARROWEST_TILE:
+        width = 1 << (columns - 1).bit_length()
+    width = elements if rows == 1 else min(width, elements)
+    return RowConfig(elements // width, width, config.num_warps)

@@ -4,10 +4,11 @@
     python -m fastlm_kernels.aot --arch sm_80    ... for other architectures (may be repeated)
     python -m fastlm_kernels.aot --all           every shipped configuration for every supported architecture, in bf16
                                                  on and off 16-byte boundaries and in fp32 on them, parameters of
-                                                 another dtype in the widest tiles, fp16 at one size; rewrites
-                                                 aot_report.csv beside this file
+                                                 another dtype in the widest tiles, fp16 at one size; writes
+                                                 aot_report_triton_X.Y.csv of the installed Triton beside this file
 
-What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
+A binary's line says which call it belongs to, the bytes which that call, forward and backward, must move at the least,
+and the widths of the binary's loads. What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
 backward, their launches are recorded and specialised by Triton's own launcher code, once with pointers on 16-byte
 boundaries and once without (alignment decides how wide the loads are). Exit code 1 if a kernel spills registers
 or needs more shared memory than its architecture has.
@@ -29,7 +30,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ from torch import Tensor
 
 from . import _runtime, configs
 from .check import leaves_of, outputs_of
-from .registry import KERNELS, Arguments, Case, Kernel
+from .registry import KERNELS, Arguments, Case, Kernel, case_name
 
-REPORT = Path(__file__).with_name("aot_report.csv")
+REPORTED_TRITONS = ("3.6", "3.7")
 QUICK_ARCHITECTURES = ("sm_89", "sm_90")
 _KB = 1024
 # Shared memory one program may use.
@@ -58,8 +59,15 @@ _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
 
 @dataclass(frozen=True)
 class Row:
-    """One binary: which, and what it uses. `loads` counts global loads by width in bits, "128x3 32x1"."""
+    """One binary: whose, which, and what it uses.
 
+    call        the public function and the case that launch it
+    call_bytes  the least that this call, forward and backward, must move
+    loads       global loads by width in bits, "128x3 32x1"
+    """
+
+    call: str
+    call_bytes: int
     kernel: str
     architecture: str
     types: str
@@ -139,7 +147,7 @@ def specialise(launch: _runtime.Launch, architecture: str, aligned: bool) -> tup
     return ASTSource(fn, signature, constexprs, attributes), options
 
 
-def describe(launch: _runtime.Launch, architecture: str, aligned: bool) -> Row:
+def describe(launch: _runtime.Launch, architecture: str, aligned: bool, call: str = "", call_bytes: int = 0) -> Row:
     """Compile one launch and read off what the binary uses."""
     import triton
 
@@ -152,6 +160,8 @@ def describe(launch: _runtime.Launch, architecture: str, aligned: bool) -> Row:
     switches = " ".join(f"{k}={v}" for k, v in launch.constexprs.items())
     types = " ".join(dict.fromkeys(t for t in source.signature.values() if t.startswith("*")))
     return Row(
+        call,
+        call_bytes,
         launch.kernel.__name__,
         architecture,
         types,
@@ -218,8 +228,11 @@ def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
 
 def run(job: Job) -> list[Row]:
     """The report's rows for one job."""
-    launches = record(job.kernel, dict(job.case), job.dtype, job.architecture)
-    return [describe(launch, job.architecture, job.aligned) for launch in launches]
+    kernel, case = KERNELS[job.kernel], dict(job.case)
+    call = f"{kernel.name} {case_name(case)} {str(job.dtype).removeprefix('torch.')}"
+    least = sum(kernel.traffic(case, job.dtype, backward) for backward in (False, True))
+    launches = record(job.kernel, case, job.dtype, job.architecture)
+    return [describe(launch, job.architecture, job.aligned, call, least) for launch in launches]
 
 
 def code_lines(source: str) -> list[str]:
@@ -244,6 +257,11 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def report_path(triton_version: str) -> Path:
+    """Where the committed report of a Triton version, "3.7" or "3.7.1", lies."""
+    return Path(__file__).with_name(f"aot_report_triton_{'.'.join(triton_version.split('.')[:2])}.csv")
+
+
 def write_report(rows: Iterable[Row], path: Path) -> None:
     """The report as CSV; its first line names the sources and the compiler that it describes."""
     import triton
@@ -263,13 +281,16 @@ def read_report(path: Path) -> tuple[str, list[dict[str, str]]]:
 
 
 def collect(work: list[Job], workers: int) -> list[Row]:
-    """Rows of all jobs in order, each binary once."""
+    """Rows of all jobs in order, each binary once, under the first call that launches it."""
     if workers == 1:
         found = [run(job) for job in work]
     else:
         with ProcessPoolExecutor(workers) as pool:
             found = list(pool.map(run, work))
-    return list(dict.fromkeys(row for rows in found for row in rows))
+    binaries: dict[Row, Row] = {}
+    for row in (row for rows in found for row in rows):
+        binaries.setdefault(replace(row, call="", call_bytes=0), row)
+    return list(binaries.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,7 +311,9 @@ def main(argv: list[str] | None = None) -> int:
     failures = sum(not row.ok for row in rows)
     sys.stdout.write(f"{len(rows)} binaries, {failures} of which spill or do not fit\n")
     if options.all and not options.arch:
-        write_report(rows, REPORT)
+        import triton
+
+        write_report(rows, report_path(triton.__version__))
     return 1 if failures else 0
 
 

@@ -91,7 +91,12 @@ ROTARY: RowTable = {
     "generic": _HEADS,
     "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _HEADS),
 }
-_ROTARY_GROUP_HEADS = 8
+# With weight gradients; without this the assembler stops at 128 and spills 8 bytes in a partial rotation in fp32.
+ROTARY_REGISTERS = 192
+_ROTARY_GROUP_HEADS = 4
+
+SOFTMAX_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
+SOFTMAX_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 
 # Elementwise functions: 32 bytes of each tensor a thread, two 16-byte loads. Tiles do not depend on how many elements
 # there are: a binary for each size would be compiled in the middle of training.
@@ -109,11 +114,34 @@ NORM_WEIGHT_GRADIENT = RowConfig(8, 128, 4)
 # Sum of the partial weight gradients over the programs that made them.
 SUM_PARTIALS = RowConfig(16, 64, 4)
 
+# Cross-entropy: 16 logits a thread, two 16-byte loads in 16 bits; 8 programs of 128 threads have 32 KB on the way.
+CROSS_ENTROPY: RowTable = {
+    "generic": (
+        RowConfig(128, 16, 4),
+        RowConfig(64, 32, 4),
+        RowConfig(32, 64, 4),
+        RowConfig(16, 128, 4),
+        RowConfig(8, 256, 4),
+        RowConfig(4, 512, 4),
+        RowConfig(2, 1024, 4),
+        RowConfig(1, 2048, 4),
+        RowConfig(1, 4096, 8),
+    )
+}
+CROSS_ENTROPY_LONG = RowConfig(1, 4096, 8)
+# A second walk over the row should find it in the L2 cache: few rows at a time.
+CROSS_ENTROPY_LONG_GRADIENT = RowConfig(1, 8192, 16)
+# Sum of the rows' losses: block_n rows a step.
+CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 32)
 
-def row_config(table: RowTable, architecture: str, columns: int) -> RowConfig:
-    """The configuration for rows of `columns` elements on `architecture` ("sm_90", "gfx942", "generic")."""
+
+def row_config(table: RowTable, architecture: str, columns: int, longer: RowConfig | None = None) -> RowConfig:
+    """The configuration for rows of `columns` elements on `architecture` ("sm_90", "gfx942", "generic").
+
+    longer  for rows longer than any of the table's; None is LONG_ROW
+    """
     rows = table.get(architecture, table["generic"])
-    return next((config for config in rows if config.block_n >= columns), LONG_ROW)
+    return next((config for config in rows if config.block_n >= columns), longer or LONG_ROW)
 
 
 def programs_per_multiprocessor(config: RowConfig) -> int:
@@ -122,7 +150,11 @@ def programs_per_multiprocessor(config: RowConfig) -> int:
 
 
 def rotary_group_heads(tiles: int, resident: int) -> int:
-    """How many heads share one load of cos and sin: as many as leave 8 programs a resident one, 8 at most."""
+    """How many heads share one load of cos and sin: as many as leave 8 programs a resident one, 4 at most.
+
+    In fp32 the tables are as many bytes as one head in 16 bits, read and written: 4 heads bring them down to a quarter
+    of x's traffic, and that from L2.
+    """
     return max(1, min(_ROTARY_GROUP_HEADS, tiles // (8 * resident)))
 
 

@@ -19,6 +19,7 @@ converted first, so p - 1 of a confident token keeps its digits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
+from . import _math, _runtime, configs
 from ._arguments import check_coefficient, check_num_items, check_softcap, soft_cap
-from ._runtime import without_kernel
+from ._rows import accumulator, as_rows
+from ._runtime import Operator, kernel, launch, tl, with_kernel
 
 _HALF = (torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (torch.float32, *_HALF)
+_SECOND_BACKWARD = (
+    "cross_entropy(inplace_backward=True): second backward through one loss; the first may have overwritten the logits "
+    "with their gradient. Use inplace_backward=False to keep the graph"
+)
+# Blocks of rows that one program sums; more are summed by one program each first.
+_ONE_PROGRAM = 4
+
+
+# Reference: plain PyTorch.
 
 
 class _BackwardOnce(torch.autograd.Function):
@@ -44,10 +57,7 @@ class _BackwardOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.used:
-            raise RuntimeError(
-                "cross_entropy(inplace_backward=True): second backward through one loss; the first may have "
-                "overwritten the logits with their gradient. Use inplace_backward=False to keep the graph"
-            )
+            raise RuntimeError(_SECOND_BACKWARD)
         ctx.used = True
         return grads[0]
 
@@ -154,6 +164,325 @@ def cross_entropy_reference(
     return (loss, z.detach()) if return_z_loss else loss
 
 
+# Kernels.
+
+
+@kernel()
+def _targets(T, W, rows, row_ok, stride_t, classes, ignore_index, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """(y, counted, w) of each row: target, whether it counts, weight: 0 if ignored, NaN outside [0, classes).
+
+    Outside, y becomes 0: it is an address next.
+    """
+    y = tl.load(T + rows * stride_t, mask=row_ok, other=0).to(tl.int64)
+    counted = row_ok & (y != ignore_index)
+    inside = (y >= 0) & (y < classes)
+    y = tl.where(inside, y, 0)
+    w = tl.full(y.shape, 1.0, ACC)
+    if HAS_WEIGHT:
+        w = tl.load(W + y, mask=row_ok, other=0.0).to(ACC)
+    return y, counted, tl.where(counted, tl.where(inside, w, float("nan")), 0.0)
+
+
+@kernel()
+def _capped(x, mask, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """l = c tanh(x / c), or x itself; -inf outside the mask."""
+    l = x.to(ACC)
+    if HAS_SOFTCAP:
+        l = tl.where(mask, softcap * _math.tanh(l / softcap), float("-inf"))
+    return l
+
+
+@kernel()
+def _powers(l, top2, ACC: tl.constexpr):
+    """e^l / 2^top2: one multiply-add and one power of two an element."""
+    log2_e = tl.full(l.shape, 1.4426950408889634, ACC)
+    return tl.exp2(tl.fma(l, log2_e, tl.broadcast_to(-top2[:, None], l.shape)))
+
+
+@kernel()
+def _finite(top):
+    """0 for -inf, of rows with nothing else in them so far: their powers are 0 then, not NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@kernel()
+def _deviations(l, W, cols, col_ok, mask, base, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """w_v (l_v - base), 0 outside the mask."""
+    d = tl.where(mask, l, base[:, None]) - base[:, None]
+    if HAS_WEIGHT:
+        d *= tl.load(W + cols, mask=col_ok, other=0.0).to(ACC)[None, :]
+    return d
+
+
+@kernel()
+def _coefficients(w, counted, scale, lse, weight_sum, on_one, on_each, z_loss):
+    """(a, b, c) in scale * dloss/dl_v = a (p_v - [v = y]) + b p_v - c w_v; 0 for rows that do not count."""
+    a = scale * (on_one * w)
+    b = scale * (on_each * weight_sum + 2.0 * z_loss * lse)
+    return tl.where(counted, a, 0.0), tl.where(counted, b, 0.0), tl.where(counted, scale * on_each, 0.0)
+
+
+@kernel()
+def _gradient(
+    l,
+    W,
+    v,
+    col_ok,
+    y,
+    high,
+    low,
+    a,
+    b,
+    c,
+    softcap,
+    HAS_SMOOTHED_WEIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx of the classes v of every row."""
+    p = tl.exp((l - high[:, None]) - low[:, None])
+    each = tl.broadcast_to(c[:, None], l.shape)
+    if HAS_SMOOTHED_WEIGHT:
+        each *= tl.load(W + v, mask=col_ok, other=0.0).to(ACC)[None, :]
+    # p - 1 before any rounding: the digits of 1 - p are all that a confident token has left.
+    dx = a[:, None] * tl.where(v[None, :] == y[:, None], p - 1.0, p) + (b[:, None] * p - each)
+    if HAS_SOFTCAP:
+        # dl/dx = 1 - tanh(x / c)^2
+        t = l / softcap
+        dx *= 1.0 - t * t
+    return dx
+
+
+# Read and written a number at a time, so that their alignment makes no difference.
+_SCALARS = ("T", "M", "stride_t", "ignore_index")
+
+
+@kernel(do_not_specialize=(*_SCALARS, "UPSTREAM", "LOSS", "Z", "LSE", "COUNT", "stride_upstream", "stride_lse"))
+def cross_entropy_forward_kernel(
+    X,
+    T,
+    W,
+    WEIGHT_SUM,
+    UPSTREAM,
+    LOSS,
+    Z,
+    LSE,
+    COUNT,
+    DX,
+    M,
+    N,
+    stride_x,
+    stride_t,
+    stride_upstream,
+    stride_lse,
+    stride_dx,
+    ignore_index,
+    on_one,
+    on_each,
+    z_loss,
+    softcap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # int64 from the start: M x N may pass 2^31 elements.
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    row_ok = rows < M
+    x_rows = X + rows[:, None] * stride_x
+    mask = row_ok[:, None] & (cols < N)[None, :]
+    x = tl.load(x_rows + cols[None, :], mask=mask, other=float("-inf"))
+    y, counted, w = _targets(T, W, rows, row_ok, stride_t, N, ignore_index, HAS_WEIGHT, ACC)
+    # Before any gradient is written: it may take the logits' place.
+    target = tl.load(X + rows * stride_x + y, mask=row_ok, other=0.0)
+    target = _capped(target, row_ok, softcap, HAS_SOFTCAP, ACC)
+    base = tl.where(tl.abs(target) < float("inf"), target, 0.0)
+    l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
+
+    # sum_v exp(l_v) = s 2^top2, where top2 is log2(e) times the largest logit so far, as rounded
+    top = tl.max(l, axis=1)
+    top2 = top * 1.4426950408889634
+    s = _powers(l, _finite(top2), ACC)
+    if HAS_SMOOTHING:
+        deviation = _deviations(l, W, cols, cols < N, mask, base, HAS_WEIGHT, ACC)
+    if not WHOLE_ROW:
+        # The next block is always on its way while one is summed.
+        at = BLOCK_N + cols
+        x = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < N)[None, :], other=float("-inf"))
+        for start in range(BLOCK_N, N, BLOCK_N):
+            at = start + cols
+            mask = row_ok[:, None] & (at < N)[None, :]
+            l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
+            ahead = at + BLOCK_N
+            x = tl.load(x_rows + ahead[None, :], mask=row_ok[:, None] & (ahead < N)[None, :], other=float("-inf"))
+            before = top2
+            top = tl.maximum(top, tl.max(l, axis=1))
+            top2 = top * 1.4426950408889634
+            s = s * tl.exp2(before - _finite(top2))[:, None] + _powers(l, _finite(top2), ACC)
+            if HAS_SMOOTHING:
+                deviation += _deviations(l, W, at, at < N, mask, base, HAS_WEIGHT, ACC)
+
+    # lse = top + rest; what rounding top2 took from every exponent comes back here.
+    top, top2 = _finite(top), _finite(top2)
+    rounding = tl.fma(top, tl.full(top.shape, 1.4426950408889634, ACC), -top2)
+    rest = (tl.log2(tl.where(row_ok, tl.sum(s, axis=1), 1.0)) - rounding) * 0.6931471805599453
+    high, low = _two_sum(top, rest)
+    # nll = lse - l_y, its large parts subtracted first
+    nll = (top - target) + rest
+    loss = on_one * w * nll
+    weight_sum = tl.load(WEIGHT_SUM) if HAS_SMOOTHING and HAS_WEIGHT else N
+    if HAS_SMOOTHING:
+        # sum_v w_v (lse - l_v)
+        loss += on_each * (weight_sum * ((top - base) + rest) - tl.sum(deviation, axis=1))
+    z = tl.where(counted, z_loss * high * high, 0.0)
+    tl.store(LOSS + rows, tl.where(counted, loss + z, 0.0), mask=row_ok)
+    tl.store(Z + rows, z, mask=row_ok)
+    tl.store(LSE + rows, high, mask=row_ok)
+    tl.store(LSE + stride_lse + rows, low, mask=row_ok)
+    tl.store(COUNT + rows, w, mask=row_ok)
+
+    if HAS_GRADIENT:
+        scale = tl.full(w.shape, 1.0, ACC)
+        if HAS_UPSTREAM:
+            scale = tl.load(UPSTREAM + rows * stride_upstream, mask=row_ok, other=0.0).to(ACC)
+        a, b, c = _coefficients(w, counted, scale, high, weight_sum, on_one, on_each, z_loss)
+        dx_rows = DX + rows[:, None] * stride_dx
+        if WHOLE_ROW:
+            dx = _gradient(
+                l, W, cols, cols < N, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC
+            )
+            tl.store(dx_rows + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
+        else:
+            # From the end, which was read last and is still in the cache.
+            blocks = tl.cdiv(N, BLOCK_N)
+            for block in range(blocks):
+                at = (blocks - 1 - block) * BLOCK_N + cols
+                mask = row_ok[:, None] & (at < N)[None, :]
+                x = tl.load(x_rows + at[None, :], mask=mask, other=float("-inf"))
+                l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
+                dx = _gradient(
+                    l, W, at, at < N, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC
+                )
+                tl.store(dx_rows + at[None, :], dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@kernel()
+def _two_sum(a, b):
+    """(a + b, what rounding took from it)."""
+    total = a + b
+    kept = total - a
+    return total, (a - (total - kept)) + (b - kept)
+
+
+@kernel(do_not_specialize=("LOSS", "Z", "COUNT", "ITEMS", "LOSS_SUM", "Z_SUM", "DENOMINATOR", "M", "steps"))
+def cross_entropy_reduce_kernel(
+    LOSS,
+    Z,
+    COUNT,
+    ITEMS,
+    LOSS_SUM,
+    Z_SUM,
+    DENOMINATOR,
+    M,
+    steps,
+    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
+    HAS_ITEMS: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Sums over the rows, always in the same order; the last pass, of one program, divides."""
+    program = tl.program_id(0)
+    loss, z, count = tl.zeros([BLOCK], dtype=ACC), tl.zeros([BLOCK], dtype=ACC), tl.zeros([BLOCK], dtype=ACC)
+    for step in range(steps):
+        rows = (program * steps + step).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        loss += tl.load(LOSS + rows, mask=rows < M, other=0.0)
+        z += tl.load(Z + rows, mask=rows < M, other=0.0)
+        count += tl.load(COUNT + rows, mask=rows < M, other=0.0)
+    loss, z, denominator = tl.sum(loss, axis=0), tl.sum(z, axis=0), tl.sum(count, axis=0)
+    if LAST:
+        if HAS_ITEMS:
+            items = tl.load(ITEMS).to(ACC)
+            denominator = tl.where(items < 1.0, 1.0, items)
+        elif not MEAN:
+            denominator = tl.full((), 1.0, ACC)
+        # Nothing counted, or weights of 0 alone: NaN, as 0 / 0 is.
+        divisor = tl.where(denominator == 0.0, float("nan"), denominator)
+        loss, z = loss / divisor, z / divisor
+    tl.store(LOSS_SUM + program, loss)
+    tl.store(Z_SUM + program, z)
+    tl.store(DENOMINATOR + program, denominator)
+
+
+@kernel(
+    do_not_specialize=(
+        *(*_SCALARS, "LSE", "UPSTREAM", "DENOMINATOR", "stride_upstream", "stride_lse"),
+        *("first_class", "classes"),
+    )
+)
+def cross_entropy_backward_kernel(
+    X,
+    T,
+    W,
+    WEIGHT_SUM,
+    LSE,
+    UPSTREAM,
+    DENOMINATOR,
+    DX,
+    M,
+    N,
+    first_class,
+    classes,
+    stride_x,
+    stride_t,
+    stride_upstream,
+    stride_lse,
+    stride_dx,
+    ignore_index,
+    on_one,
+    on_each,
+    z_loss,
+    softcap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    HAS_DENOMINATOR: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A tile of the gradient of classes [first_class, first_class + N), of `classes` in all."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok, col_ok = rows < M, cols < N
+    mask = row_ok[:, None] & col_ok[None, :]
+    y, counted, w = _targets(T, W, rows, row_ok, stride_t, classes, ignore_index, HAS_WEIGHT, ACC)
+    # Logits of ignored rows are not read: their gradient is 0 x p, and p is 0, or NaN where lse is, as PyTorch's.
+    x = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=mask & counted[:, None], other=float("-inf"))
+    high = tl.load(LSE + rows, mask=row_ok, other=0.0)
+    low = tl.load(LSE + stride_lse + rows, mask=row_ok, other=0.0)
+    scale = tl.full(w.shape, 1.0, ACC)
+    if HAS_UPSTREAM:
+        scale = tl.load(UPSTREAM + rows * stride_upstream, mask=row_ok, other=0.0).to(ACC)
+    if HAS_DENOMINATOR:
+        denominator = tl.load(DENOMINATOR)
+        scale /= tl.where(denominator == 0.0, float("nan"), denominator)
+    weight_sum = tl.load(WEIGHT_SUM) if HAS_SMOOTHING and HAS_WEIGHT else classes
+    a, b, c = _coefficients(w, counted, scale, high, weight_sum, on_one, on_each, z_loss)
+    l = _capped(x, mask & counted[:, None], softcap, HAS_SOFTCAP, ACC)
+    v = first_class + cols
+    dx = _gradient(l, W, v, col_ok, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC)
+    tl.store(DX + rows[:, None] * stride_dx + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
+
+
 # Launchers. linear_cross_entropy uses them on chunks of logits.
 
 
@@ -166,8 +495,13 @@ class Options:
     z_loss: float = 0.0
     softcap: float | None = None
 
+    def scalars(self, classes: int) -> tuple[int | float, ...]:
+        """ignore_index, what label smoothing leaves to the target and gives to each class, z_loss, softcap."""
+        e = self.label_smoothing
+        return self.ignore_index, 1.0 - e, e / classes, self.z_loss, self.softcap or 1.0
 
-# Fp32 numbers a row, in this order: loss (z included), z, lse, what rounding took from lse, weight in the denominator.
+
+# Numbers a row, fp32: loss (z included), z, lse, what rounding took from lse, weight in the denominator.
 ROW_VALUES = 5
 LSE = slice(2, 4)
 
@@ -181,18 +515,96 @@ def launch_rows(
     gradient: Tensor | None = None,
     upstream: Tensor | None = None,
 ) -> None:
-    """Fill rows (ROW_VALUES, M) from logits (M, C), adjacent columns; and the gradient (M, C), if one is given.
+    """Fill rows (ROW_VALUES, M) from logits (M, C) of adjacent columns; and gradient (M, C), if one is given.
 
-    target (M,) int64 or uint8, weight (C,) or None. `rows` may be a slice of a larger buffer, [:, first : first + M],
-    with adjacent columns. The gradient is the loss's of each row by its logits, times `upstream` (M,) or 0-d if given,
-    and divided by nothing; it may be the logits' own memory. On a CPU a target outside [0, C) raises IndexError.
+    target (M,) int64 or uint8; weight (C,). `rows` may be a slice of a larger buffer, [:, first : first + M], its
+    columns adjacent. The gradient is that of each row's loss by its logits, times `upstream` (M,) or 0-d if given and
+    divided by nothing; it may be the logits' own memory. On a CPU a target outside [0, C) raises IndexError.
     """
-    raise NotImplementedError
+    loss, z, _, _, count = rows.unbind(0)
+    _launch_forward_kernel(logits, target, weight, options, (loss, z, rows[LSE], count), gradient, upstream)
+
+
+def _launch_forward_kernel(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> None:
+    """`launch_rows` with loss, z, lse (2, M), count in tensors of their own."""
+    rows, classes = logits.shape
+    _check_targets(target, options.ignore_index, classes)
+    if rows == 0:
+        return
+    lse = outputs[2]
+    table = configs.CROSS_ENTROPY_LONG if gradient is None else configs.CROSS_ENTROPY_LONG_GRADIENT
+    config = configs.row_config(configs.CROSS_ENTROPY, _runtime.architecture(logits.device), classes, table)
+    dx = logits if gradient is None else gradient
+    launch(
+        cross_entropy_forward_kernel,
+        (-(-rows // config.block_m),),
+        (
+            *_inputs(logits, target, weight, options, lse),
+            lse if upstream is None else upstream.resolve_neg(),
+            *(*outputs, dx, rows, classes, logits.stride(0), target.stride(0)),
+            *(_row_stride(upstream), lse.stride(0), dx.stride(0), *options.scalars(classes)),
+        ),
+        num_warps=config.num_warps,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        WHOLE_ROW=classes <= config.block_n,
+        HAS_GRADIENT=gradient is not None,
+        **_switches(weight, options, upstream, logits),
+    )
 
 
 def launch_reduce(rows: Tensor, reduction: str, num_items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, z, denominator), 0-d, of rows (ROW_VALUES, M) under "mean" or "sum"; num_items 0-d, on their device."""
-    raise NotImplementedError
+    return _launch_reduce_kernel((rows[0], rows[1], rows[4]), reduction, num_items)
+
+
+def _launch_reduce_kernel(
+    values: Sequence[Tensor], reduction: str, num_items: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch_reduce` of loss, z, count, (M,) each."""
+    loss = values[0]
+    config = configs.CROSS_ENTROPY_REDUCE
+    if loss.numel() > _ONE_PROGRAM * config.block_n:
+        partial = loss.new_empty((3, -(-loss.numel() // config.block_n))).unbind(0)
+        _reduce(config, values, partial, reduction, None, last=False)
+        values = partial
+    totals = loss.new_empty(()), loss.new_empty(()), loss.new_empty(())
+    _reduce(config, values, totals, reduction, num_items, last=True)
+    return totals
+
+
+def _reduce(
+    config: configs.RowConfig,
+    values: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    reduction: str,
+    num_items: Tensor | None,
+    last: bool,
+) -> None:
+    """One pass: sums of the values, by as many programs as the sums have elements."""
+    programs = sums[0].numel()
+    launch(
+        cross_entropy_reduce_kernel,
+        (programs,),
+        (
+            *(*values, values[0] if num_items is None else num_items, *sums),
+            *(values[0].numel(), -(-values[0].numel() // (config.block_n * programs))),
+        ),
+        num_warps=config.num_warps,
+        BLOCK=config.block_n,
+        MEAN=reduction == "mean",
+        HAS_ITEMS=num_items is not None,
+        LAST=last,
+        ACC=accumulator(values[0].dtype)[1],
+    )
 
 
 def launch_gradient(
@@ -207,15 +619,242 @@ def launch_gradient(
     first_class: int = 0,
     classes: int | None = None,
 ) -> None:
-    """gradient (M, n) = upstream / denominator * dloss/dlogits, for classes [first_class, first_class + n).
+    """gradient (M, n) = upstream / denominator * dloss/dlogits, of the classes [first_class, first_class + n).
 
     logits (M, n) holds those classes alone, of `classes` in all (None: n). weight (classes,); lse (2, M) is
     rows[LSE]; upstream 0-d or (M,) of any stride, denominator 0-d, 1 where None. gradient may be the logits' memory.
     """
-    raise NotImplementedError
+    rows, columns = logits.shape
+    classes = columns if classes is None else classes
+    if rows == 0 or columns == 0:
+        return
+    config = configs.row_config(
+        configs.CROSS_ENTROPY, _runtime.architecture(logits.device), columns, configs.CROSS_ENTROPY_LONG
+    )
+    launch(
+        cross_entropy_backward_kernel,
+        (-(-rows // config.block_m) * -(-columns // config.block_n),),
+        (
+            *(*_inputs(logits, target, weight, options, lse), lse),
+            lse if upstream is None else upstream.resolve_neg(),
+            lse if denominator is None else denominator,
+            *(gradient, rows, columns, first_class, classes, logits.stride(0), target.stride(0)),
+            *(_row_stride(upstream), lse.stride(0), gradient.stride(0), *options.scalars(classes)),
+        ),
+        num_warps=config.num_warps,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_DENOMINATOR=denominator is not None,
+        **_switches(weight, options, upstream, logits),
+    )
 
 
-@without_kernel("cross_entropy has no kernel yet: PyTorch's operator")
+def _inputs(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, unused: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X, T, W, WEIGHT_SUM."""
+    if weight is None:
+        return logits, target, unused, unused
+    # One small launch, for the one combination that needs the sum.
+    total = weight.sum(dtype=unused.dtype) if options.label_smoothing else unused
+    return logits, target, weight.contiguous(), total
+
+
+def _switches(weight: Tensor | None, options: Options, upstream: Tensor | None, logits: Tensor) -> dict[str, Any]:
+    return {
+        "HAS_WEIGHT": weight is not None,
+        "HAS_SMOOTHING": options.label_smoothing != 0.0,
+        "HAS_SOFTCAP": options.softcap is not None,
+        "HAS_UPSTREAM": upstream is not None,
+        "ACC": accumulator(logits.dtype)[1],
+    }
+
+
+def _row_stride(upstream: Tensor | None) -> int:
+    return 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+
+
+def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
+    """PyTorch's IndexError. On a CPU alone: on a GPU it would wait for the device, and the kernels answer NaN."""
+    if target.device.type != "cpu":
+        return
+    wanted = target.long()
+    bad = (wanted != ignore_index) & ((wanted < 0) | (wanted >= classes))
+    if bad.any():
+        raise IndexError(f"Target {wanted[bad][0].item()} is out of bounds.")
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    num_items: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, z, lse, denominator): lse (2, rows) as in `launch_rows`; no denominator under "none"."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    rows, classes = logits.shape
+    loss, z, lse, denominator = _fake_forward(logits, target, weight, num_items, reduction)
+    whole = reduction == "none"
+    values = (loss, z, lse.new_empty(rows)) if whole else lse.new_empty((3, rows)).unbind(0)
+    outputs = (values[0], values[1], lse, values[2])
+    _launch_forward_kernel(as_rows(logits, classes), target, weight, options, outputs)
+    if not whole:
+        loss, z, denominator = _launch_reduce_kernel(values, reduction, num_items)
+    return loss, z, lse, denominator
+
+
+def _fake_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None, reduction: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[0], accumulator(logits.dtype)[0]
+    none = reduction == "none"
+    shapes: tuple[Any, ...] = ((rows,), (rows,), (2, rows), (0,)) if none else ((), (), (2, rows), ())
+    loss, z, lse, denominator = (torch.empty(shape, dtype=dtype, device=logits.device) for shape in shapes)
+    return loss, z, lse, denominator
+
+
+def _backward_launch(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    denominator: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    inplace: bool,
+) -> Tensor:
+    """The logits' gradient: in their memory if `inplace` and no two of them share an element, else in its own."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    rows, classes = logits.shape
+    x = as_rows(logits, classes)
+    inplace = inplace and (rows <= 1 or x.stride(0) >= classes)
+    # A copy made for its strides is nobody else's.
+    ours = x.data_ptr() != logits.data_ptr()
+    gradient = x if inplace or ours else _fake_backward(dloss, logits)
+    launch_gradient(x, target, weight, options, lse, gradient, dloss, denominator)
+    if inplace and not ours:
+        torch.autograd.graph.increment_version(logits)
+    return gradient
+
+
+def _fake_backward(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+# Operators and autograd.
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, _, reduction, *ctx.options, ctx.inplace = inputs
+    _, z, lse, denominator = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(z, lse, denominator)
+    ctx.save_for_backward(logits, target, weight, lse, None if reduction == "none" else denominator)
+    ctx.used = False
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    rest = (None,) * 9
+    if dloss is None:
+        return None, *rest
+    if ctx.inplace and ctx.used:
+        raise RuntimeError(_SECOND_BACKWARD)
+    ctx.used = True
+    logits, target, weight, lse, denominator = ctx.saved_tensors
+    # A captured operator writes to none of its inputs.
+    inplace = ctx.inplace and not _runtime.capturing(logits)
+    return cross_entropy_backward(dloss, logits, target, weight, lse, denominator, *ctx.options, inplace), *rest
+
+
+cross_entropy_forward = Operator(
+    "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? num_items, str reduction,"
+    " SymInt ignore_index, float label_smoothing, float z_loss, float? softcap, bool inplace)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+)
+cross_entropy_backward = Operator(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor lse,"
+    " Tensor? denominator, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap, bool inplace)"
+    " -> Tensor",
+    _backward_launch,
+    _fake_backward,
+)
+
+
+# Public function.
+
+
+def _obstacle(
+    input: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    num_items: Any,
+) -> str | None:
+    """Why the kernels do not cover this call; malformed calls go to PyTorch's op and raise its errors."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor) or not isinstance(weight, (Tensor, type(None))):
+        return "an argument is not a tensor"
+    if input.dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {input.dtype}"
+    if input.dim() == 0 or target.shape != (*input.shape[:1], *input.shape[2:])[input.dim() == 1 :]:
+        same = target.shape == input.shape
+        return "targets are probabilities" if same else "the target's shape is not the input's without its classes"
+    if input.shape[min(1, input.dim() - 1)] == 0:
+        return "no classes"
+    if target.dtype != torch.int64 and (target.dtype != torch.uint8 or input.dim() > 2):
+        return f"no kernel for targets of {target.dtype}"
+    return _weight_obstacle(input, weight) or _number_obstacle(ignore_index, reduction, label_smoothing, num_items)
+
+
+def _weight_obstacle(input: Tensor, weight: Tensor | None) -> str | None:
+    if weight is None:
+        return None
+    if weight.shape != (input.shape[min(1, input.dim() - 1)],):
+        return "weight does not have one number a class"
+    if weight.requires_grad:
+        return "weight requires a gradient"
+    if weight.dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {weight.dtype}"
+    # Autocast brings both to fp32; without it PyTorch refuses.
+    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        return f"weight is {weight.dtype}, input {input.dtype}"
+    return None
+
+
+def _number_obstacle(ignore_index: Any, reduction: Any, label_smoothing: Any, num_items: Any) -> str | None:
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        return "ignore_index is not an int"
+    if reduction not in ("none", "mean", "sum"):
+        return f"reduction is {reduction!r}"
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
+        return f"label_smoothing is {label_smoothing!r}"
+    if isinstance(num_items, Tensor) and num_items.requires_grad:
+        return "num_items requires a gradient"
+    return None
+
+
+def _on_device(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """num_items as a tensor beside the loss: an int would compile a new graph for every batch."""
+    if num_items is None or isinstance(num_items, Tensor):
+        return num_items if num_items is None else num_items.to(device)
+    return torch.full((), num_items, dtype=torch.int64, device=device)
+
+
+@with_kernel
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -249,18 +888,27 @@ def cross_entropy(
     All targets ignored, or no rows: "mean" gives NaN, as PyTorch does, with gradients of exactly 0; with num_items 0.
     A target outside [0, C) raises IndexError on a CPU. Our options raise ValueError, the others PyTorch's errors.
     """
-    return cross_entropy_reference(
-        input,
-        target,
-        weight,
-        size_average,
-        ignore_index,
-        reduce,
-        reduction,
-        label_smoothing,
-        z_loss=z_loss,
-        return_z_loss=return_z_loss,
-        softcap=softcap,
-        num_items=num_items,
-        inplace_backward=inplace_backward,
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    check_coefficient("z_loss", z_loss)
+    check_softcap(softcap)
+    check_num_items(num_items, reduction)
+    obstacle = _obstacle(input, target, weight, ignore_index, reduction, label_smoothing, num_items)
+    if not _runtime.choose(input, target, weight, obstacle=obstacle):
+        return cross_entropy_reference(
+            *(input, target, weight, None, ignore_index, None, reduction, label_smoothing),
+            z_loss=z_loss,
+            return_z_loss=return_z_loss,
+            softcap=softcap,
+            num_items=num_items,
+            inplace_backward=inplace_backward,
+        )
+    logits = input.movedim(1, -1).flatten(0, -2) if input.dim() > 2 else input.view(-1, input.shape[-1])
+    loss, z, _, _ = cross_entropy_forward(
+        *(logits, target.reshape(-1), weight, _on_device(num_items, input.device), reduction, ignore_index),
+        *(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)),
+        inplace_backward and not _runtime.capturing(input),
     )
+    if reduction == "none":
+        loss, z = loss.view(target.shape), z.view(target.shape)
+    return (loss, z) if return_z_loss else loss

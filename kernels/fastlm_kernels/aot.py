@@ -8,10 +8,10 @@
                                                  aot_report_triton_X.Y.csv of the installed Triton beside this file
 
 A binary's line says which call it belongs to, the bytes which that call, forward and backward, must move at the least,
-and the widths of the binary's loads. What is compiled is what would run: the registry's public functions are called on tensors without data, forward and
-backward, their launches are recorded and specialised by Triton's own launcher code, once with pointers on 16-byte
-boundaries and once without (alignment decides how wide the loads are). Exit code 1 if a kernel spills registers
-or needs more shared memory than its architecture has.
+and the widths of the binary's loads. What is compiled is what would run: the registry's public functions are called on
+tensors without data, forward and backward, their launches are recorded and specialised by Triton's own launcher code,
+once with pointers on 16-byte boundaries and once without (alignment decides how wide the loads are). Exit code 1 if a
+kernel spills registers or needs more shared memory than its architecture has.
 """
 
 from __future__ import annotations

@@ -37,7 +37,10 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm with parameters (gpt2) or RMSNorm without (modern), alone or fused with the residual add."""
+    """LayerNorm with parameters (gpt2) or RMSNorm without (modern), alone or fused with the residual add.
+
+    The parameters stay fp32 beside 16-bit activations: the op reads them as they are, and their gradients are fp32.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -48,19 +51,14 @@ class Norm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.centered:
-            return fk.layer_norm(x_BTD, self.shape, *self._parameters_as(x_BTD.dtype), NORM_EPS)
+            return fk.layer_norm(x_BTD, self.shape, self.weight, self.bias, NORM_EPS)
         return fk.rms_norm(x_BTD, self.shape, None, NORM_EPS)
 
     def add(self, branch_BTD: Tensor, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """-> (norm(h + branch), h + branch)."""
         if self.centered:
-            parameters = self._parameters_as(branch_BTD.dtype)
-            return fk.add_layer_norm(branch_BTD, h_BTD, self.shape, *parameters, NORM_EPS)
+            return fk.add_layer_norm(branch_BTD, h_BTD, self.shape, self.weight, self.bias, NORM_EPS)
         return fk.add_rms_norm(branch_BTD, h_BTD, self.shape, None, NORM_EPS)
-
-    def _parameters_as(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        assert self.weight is not None
-        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class KVCache:

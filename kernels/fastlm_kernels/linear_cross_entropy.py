@@ -1,4 +1,4 @@
-"""Linear cross-entropy: the head's matrix product and the loss in one function, so that no caller holds the logits.
+"""Linear cross-entropy: the head's matrix product and the loss in one function that never holds all logits.
 
 With x (N, D) hidden states, W (V, D) the head, b its bias, and cross_entropy of its own file:
 
@@ -6,20 +6,60 @@ With x (N, D) hidden states, W (V, D) the head, b its bias, and cross_entropy of
     loss   = cross_entropy(logits, target)
     dx = G W,   dW = G^T x,   db = sum_n G_n         where G = dloss/dlogits, (N, V)
 
-FLOPs: 2 N V D forward, 4 N V D backward. Bytes: x, W and their gradients once, and on this path the logits and their
-log-probabilities too, N V elements each: they are what is saved for backward.
+"mean" and "sum" form the gradients in the forward. The tokens are walked in chunks of R rows (8 of 8192 rows for 64k
+tokens and 50304 classes; `configs.linear_cross_entropy_plan` shows it), all in one buffer:
+
+    logits = x_chunk W^T + b                 rounded to x's dtype, as the unfused product rounds them
+    loss, lse, and G written over the logits                                    (cross_entropy's kernel)
+    dx_chunk = G W,   dW += G^T x_chunk,   db += sum_n G_n                                (dW, db in fp32)
+
+G is the gradient of the sum over tokens: what "mean" divides by is known only after the last chunk, and the upstream
+gradient only in the backward. The backward multiplies the finished sums by upstream / denominator, read on the device,
+in fp32: one more pass over dx and dW, and 16-bit gradients neither underflow nor depend on a loss scale. Only gradients
+that somebody needs are formed. reduction="none" has an upstream gradient for each token: it keeps lse, and its backward
+computes the logits again. Without gradients: loss and lse alone, the same chunks, the same bits.
+
+Where V x D in fp32 is large (`configs.linear_cross_entropy_by_classes`) dW is not summed over chunks: once every lse is
+known, the logits of all tokens are computed again for one block of classes at a time. A block's rows of dW are then one
+product, summed inside it in fp32 and stored in their own dtype; dx is summed over the blocks in fp32.
+
+FLOPs: 2 N V D for the loss, 6 with gradients; 8 for "none" with its backward, and by blocks of classes.
+Bytes for s-byte dtypes, beside what the products read and write: N V logits read and overwritten, as by the unfused
+pair; each chunk but the first reads dW in fp32, each writes it, 8 V D ceil(N / R) - 4 V D in all; scaling (4 + s) V D +
+2 s N D. A bias gradient reads G once more. Kept for the backward: dx, dW in fp32; for "none" x, W and lse.
+Memory at 64k tokens, D 768, V 50304, bf16: the buffer 824 MB, dW in fp32 155 MB, dx 101 MB, together a twelfth of the
+13.2 GB that logits and their gradient take.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._runtime import without_kernel
-from .cross_entropy import cross_entropy
+from . import _runtime, configs
+from ._arguments import check_coefficient, check_num_items, check_softcap
+from ._rows import accumulator
+from ._runtime import Operator, kernel, launch, tl, with_kernel
+from .cross_entropy import (
+    LSE,
+    ROW_VALUES,
+    Options,
+    cross_entropy_reference,
+    launch_gradient,
+    launch_reduce,
+    launch_rows,
+)
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# Reference: plain PyTorch.
 
 
 def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -98,7 +138,7 @@ def linear_cross_entropy_reference(
             f"ignore_index={ignore_index} with a target of the logits' shape {tuple(logits.shape)}: probabilities "
             "ignore nothing; leave ignore_index out, or give class indices"
         )
-    loss = cross_entropy(
+    loss = cross_entropy_reference(
         logits,
         target,
         weight,
@@ -117,7 +157,397 @@ def linear_cross_entropy_reference(
     return loss.view(shape[:2])
 
 
-@without_kernel("linear_cross_entropy has no kernel yet: matrix product and cross_entropy")
+# Kernel.
+
+
+@kernel(do_not_specialize=("M",))
+def scale_kernel(X, UPSTREAM, DENOMINATOR, Y, M, N, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Y = X upstream / denominator, (M, N) without gaps; 0 where nothing was counted."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < M.to(tl.int64) * N
+    denominator = tl.load(DENOMINATOR).to(ACC)
+    # No token counted: X is 0 throughout, and 0 / 0 must not make it NaN.
+    counted = denominator != 0.0
+    scale = tl.where(counted, tl.load(UPSTREAM).to(ACC) / tl.where(counted, denominator, 1.0), 0.0)
+    x = tl.load(X + at, mask=mask, other=0.0).to(ACC)
+    tl.store(Y + at, (x * scale).to(Y.dtype.element_ty), mask=mask)
+
+
+# Launchers.
+
+
+def _without_autocast(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The products below choose their dtypes themselves; their operands were cast before the operator."""
+
+    @functools.wraps(launcher)
+    def run(x: Tensor, *rest: Any) -> Any:
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return launcher(x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return launcher(x, *rest)
+
+    return run
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """The tensor if matrix products take its strides as they are, else a copy: once, not once a chunk."""
+    rows, columns = tensor.stride()
+    fits = (columns == 1 and rows >= tensor.shape[1]) or (rows == 1 and columns >= tensor.shape[0])
+    return tensor if fits else tensor.contiguous()
+
+
+def _sums_wider_than_products(tensor: Tensor) -> bool:
+    """Whether products of 16-bit matrices may be written, and added up, in fp32: cuBLAS alone does that."""
+    return tensor.is_cuda and torch.version.hip is None and not torch.cuda.tunable.is_enabled()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a b, or out += a b; summed in fp32 and rounded to out's dtype."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif _sums_wider_than_products(a):
+        wide = {"out_dtype": out.dtype, "out": out}
+        torch.addmm(out, a, b, **wide) if add else torch.mm(a, b, **wide)
+    elif a.is_cuda:
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
+    else:
+        _multiply(a.to(out.dtype), b.to(out.dtype), out, add)
+
+
+def _product(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
+    """x W^T + b, written to out."""
+    if linear_bias is None:
+        return torch.mm(x, linear_weight.t(), out=out)
+    return torch.addmm(linear_bias, x, linear_weight.t(), out=out)
+
+
+def _gradient_buffers(
+    x: Tensor, linear_weight: Tensor, dtypes: tuple[torch.dtype, torch.dtype], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dW, db), those not in `needs` empty; 0 where no chunk will write them."""
+    shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
+    make = torch.zeros if x.shape[0] == 0 else torch.empty
+    dx, dw, db = (
+        make(shape if need else (0,), dtype=dtype, device=x.device)
+        for shape, dtype, need in zip(shapes, (*dtypes, accumulator(x.dtype)[0]), needs, strict=True)
+    )
+    return dx, dw, db
+
+
+def _sum_dtypes(x: Tensor, linear_weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which dx and dW are summed and kept until they are scaled; no function of the number of tokens."""
+    wide = accumulator(x.dtype)[0]
+    classes, hidden = linear_weight.shape
+    if configs.linear_cross_entropy_by_classes(hidden, classes, x.dtype):
+        return wide, x.dtype
+    # The largest fp16 is 65504: enough for one token's G W, whatever its loss's weight, only in fp32.
+    return (wide if x.dtype == torch.float16 else x.dtype), wide
+
+
+def _add_gradients(
+    g: Tensor, x: Tensor, linear_weight: Tensor, grads: tuple[Tensor, Tensor, Tensor], add: tuple[bool, bool]
+) -> None:
+    """dx (+)= G W, dW (+)= G^T x, db (+)= sum_n G_n for those of (dx, dW, db) that have elements.
+
+    add  whether dx, and whether dW and db, hold a part already
+    """
+    dx, dw, db = grads
+    if dx.numel():
+        _multiply(g, linear_weight, dx, add[0])
+    if dw.numel():
+        _multiply(g.t(), x, dw, add[1])
+    if db.numel():
+        torch.add(db, g.sum(0, dtype=db.dtype), out=db) if add[1] else torch.sum(g, 0, dtype=db.dtype, out=db)
+
+
+def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of a gradient; of one that nobody needs, nothing."""
+    return tensor[start:stop] if tensor.numel() else tensor
+
+
+def _token_chunks(tokens: int, plan: configs.LinearCrossEntropyPlan) -> list[tuple[int, int]]:
+    return [(start, min(start + plan.rows, tokens)) for start in range(0, tokens, max(1, plan.rows))]
+
+
+def _gradients_by_classes(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    targets: tuple[Tensor, Tensor | None, Options],
+    lse: Tensor,
+    upstream: Tensor | None,
+    buffer: Tensor,
+    plan: configs.LinearCrossEntropyPlan,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """All gradients from lse, a block of classes at a time, logits computed for it first."""
+    x, linear_weight, linear_bias = head
+    target, weight, options = targets
+    tokens, classes = x.shape[0], linear_weight.shape[0]
+    dx, dw, db = grads
+    for first in range(0, classes, plan.classes):
+        last = min(first + plan.classes, classes)
+        block = linear_weight[first:last]
+        bias = None if linear_bias is None else linear_bias[first:last]
+        logits = _product(x, block, bias, buffer[: tokens * (last - first)].view(tokens, last - first))
+        launch_gradient(
+            logits, target, weight, options, lse, logits, upstream=upstream, first_class=first, classes=classes
+        )
+        _add_gradients(logits, x, block, (dx, _slice(dw, first, last), _slice(db, first, last)), add=(first > 0, False))
+
+
+@_without_autocast
+def _launch_forward(
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    num_items: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    needs: Sequence[bool],
+    save_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, z, denominator, dx, dW, db, lse): the gradients in `needs`, unscaled; lse empty if not saved."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    x, linear_weight, target = _matrix(x), _matrix(linear_weight), target.contiguous()
+    (tokens, hidden), classes = x.shape, linear_weight.shape[0]
+    plan = configs.linear_cross_entropy_plan(tokens, hidden, classes, x.dtype, needs[1])
+    rows = torch.empty(ROW_VALUES, tokens, dtype=accumulator(x.dtype)[0], device=x.device)
+    dx, dw, db = grads = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
+    buffer = x.new_empty(plan.buffer_elements)
+    in_one_pass = any(needs) and plan.mode == "tokens"
+    for start, stop in _token_chunks(tokens, plan):
+        part = x[start:stop]
+        logits = buffer[: (stop - start) * classes].view(stop - start, classes)
+        _product(part, linear_weight, linear_bias, logits)
+        chunk_rows = rows[:, start:stop]
+        launch_rows(logits, target[start:stop], weight, options, chunk_rows, logits if in_one_pass else None)
+        if in_one_pass:
+            _add_gradients(logits, part, linear_weight, (_slice(dx, start, stop), dw, db), add=(False, start > 0))
+    if any(needs) and not in_one_pass:
+        _gradients_by_classes(
+            (x, linear_weight, linear_bias), (target, weight, options), rows[LSE], None, buffer, plan, grads
+        )
+    lse = rows[LSE].clone() if save_lse else rows.new_empty(0)
+    if reduction == "none":
+        return rows[0].clone(), rows[1].clone(), rows.new_empty(0), dx, dw, db, lse
+    loss, z, denominator = launch_reduce(rows, reduction, num_items)
+    return loss, z, denominator, dx, dw, db, lse
+
+
+def _fake_forward(
+    x: Tensor, linear_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    reduction, needs, save_lse = rest[4], rest[-2], rest[-1]
+    rows = torch.empty(0, dtype=accumulator(x.dtype)[0], device=x.device)
+    dx, dw, db = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
+    shape, denominator = ((x.shape[0],), (0,)) if reduction == "none" else ((), ())
+    lse = rows.new_empty((2, x.shape[0]) if save_lse else (0,))
+    return rows.new_empty(shape), rows.new_empty(shape), rows.new_empty(denominator), dx, dw, db, lse
+
+
+@_without_autocast
+def _launch_backward(
+    grad: Tensor,
+    lse: Tensor,
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dW, db) in x's dtype, from lse and one upstream gradient for each token; those not in `needs` empty."""
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    x, linear_weight, target, grad = _matrix(x), _matrix(linear_weight), target.contiguous(), grad.resolve_neg()
+    (tokens, hidden), classes = x.shape, linear_weight.shape[0]
+    plan = configs.linear_cross_entropy_plan(tokens, hidden, classes, x.dtype, needs[1])
+    dx, dw, db = grads = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
+    buffer = x.new_empty(plan.buffer_elements)
+    if plan.mode == "classes":
+        head, targets = (x, linear_weight, linear_bias), (target, weight, options)
+        _gradients_by_classes(head, targets, lse, grad, buffer, plan, grads)
+    for start, stop in _token_chunks(tokens, plan) if plan.mode == "tokens" else ():
+        part, upstream = x[start:stop], grad[start:stop]
+        logits = buffer[: (stop - start) * classes].view(stop - start, classes)
+        _product(part, linear_weight, linear_bias, logits)
+        launch_gradient(logits, target[start:stop], weight, options, lse[:, start:stop], logits, upstream)
+        _add_gradients(logits, part, linear_weight, (_slice(dx, start, stop), dw, db), add=(False, start > 0))
+    return dx.to(x.dtype), dw.to(x.dtype), db.to(x.dtype)
+
+
+def _fake_backward(
+    grad: Tensor, lse: Tensor, x: Tensor, linear_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw, db = _gradient_buffers(x, linear_weight, (x.dtype, x.dtype), rest[-1])
+    return dx, dw, db.to(x.dtype)
+
+
+def _launch_scale(
+    grad: Tensor, denominator: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dW, db) times grad / denominator, in `dtype`."""
+    grad = grad.resolve_neg()
+    scaled = _fake_scale(grad, denominator, dx, dw, db, dtype)
+    for source, result in zip((dx, dw, db), scaled, strict=True):
+        if source.numel() == 0:
+            continue
+        rows, columns = source.shape if source.dim() == 2 else (1, source.shape[0])
+        launch(
+            scale_kernel,
+            (-(-source.numel() // configs.LINEAR_SCALE_BLOCK),),
+            (source, grad, denominator, result, rows, columns),
+            num_warps=configs.LINEAR_SCALE_WARPS,
+            BLOCK=configs.LINEAR_SCALE_BLOCK,
+            ACC=accumulator(denominator.dtype)[1],
+        )
+    return scaled
+
+
+def _fake_scale(
+    grad: Tensor, denominator: Tensor, dx: Tensor, dw: Tensor, db: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(source, dtype=dtype) for source in (dx, dw, db))  # type: ignore[return-value]
+
+
+# Operators and autograd.
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, linear_weight, linear_bias, target, weight, _, reduction, *options, _, _ = inputs
+    _, z, denominator, dx, dw, db, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(z, denominator, dx, dw, db, lse)
+    ctx.by_token, ctx.options, ctx.dtype = reduction == "none", options, x.dtype
+    # Formed already: x and W need not be kept.
+    kept = (lse, x, linear_weight, linear_bias, target, weight) if ctx.by_token else (denominator, dx, dw, db)
+    ctx.save_for_backward(*kept)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:3]
+    rest = (None,) * 10
+    if grad is None:
+        return (None, None, None, *rest)
+    if ctx.by_token:
+        grads = linear_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    else:
+        grads = linear_cross_entropy_scale(grad, *ctx.saved_tensors, ctx.dtype)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *rest)
+
+
+linear_cross_entropy_forward = Operator(
+    "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+    " Tensor? num_items, str reduction, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap,"
+    " bool[] needs, bool save_lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch_forward,
+    _fake_forward,
+    _setup_context,
+    _backward,
+)
+linear_cross_entropy_backward = Operator(
+    "linear_cross_entropy_backward(Tensor grad, Tensor lse, Tensor x, Tensor linear_weight, Tensor? linear_bias,"
+    " Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+linear_cross_entropy_scale = Operator(
+    "linear_cross_entropy_scale(Tensor grad, Tensor denominator, Tensor dx, Tensor dw, Tensor db, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    _launch_scale,
+    _fake_scale,
+)
+
+
+# Public function.
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which the reference's product would run: autocast's, where it is on and casts this tensor."""
+    kind = input.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and input.dtype in _KERNEL_DTYPES:
+        return torch.get_autocast_dtype(kind)
+    return input.dtype
+
+
+def _obstacle(
+    input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: Any, label_smoothing: Any
+) -> str | None:
+    """Why the kernels do not cover this call; malformed calls go to the reference and raise its errors."""
+    tensors = [t for t in (input, linear_weight, linear_bias, target, weight) if t is not None]
+    if target is None or not all(isinstance(t, Tensor) for t in tensors):
+        return "an argument is not a tensor"
+    for tensor in (input, linear_weight, linear_bias):
+        if tensor is not None and tensor.dtype not in _KERNEL_DTYPES:
+            return f"no kernel for {tensor.dtype}"
+        if tensor is not None and _compute_dtype(tensor) != _compute_dtype(input):
+            return f"dtypes {input.dtype} and {tensor.dtype}"
+    return (
+        _shape_obstacle(input, linear_weight, target, linear_bias)
+        or (None if weight is None else _class_weight_obstacle(input, linear_weight, weight))
+        or (None if reduction in ("none", "mean", "sum") else f"reduction {reduction!r}")
+        or (None if _is_share(label_smoothing) else f"label_smoothing {label_smoothing!r}")
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0.0 <= value <= 1.0
+
+
+def _shape_obstacle(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> str | None:
+    if linear_weight.dim() != 2 or input.dim() not in (1, 2, 3) or input.shape[-1] != linear_weight.shape[1]:
+        return f"shapes {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+    # A product with a single row or column is no matrix product to cuBLAS.
+    if linear_weight.shape[0] < 2 or linear_weight.shape[1] < 2:
+        return f"a head of shape {tuple(linear_weight.shape)}"
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        return f"linear_bias of shape {tuple(linear_bias.shape)}"
+    if target.dtype not in (torch.int64, torch.uint8):
+        return f"targets of {target.dtype}"
+    if target.shape != input.shape[:-1]:
+        return f"targets of shape {tuple(target.shape)}"
+    return None
+
+
+def _class_weight_obstacle(input: Tensor, linear_weight: Tensor, weight: Tensor) -> str | None:
+    if weight.shape != linear_weight.shape[:1]:
+        return f"weight of shape {tuple(weight.shape)}"
+    if weight.dtype not in _KERNEL_DTYPES:
+        return f"no kernel for {weight.dtype}"
+    # Under autocast the loss takes its weights in fp32, whatever they were.
+    if weight.dtype != _compute_dtype(input) and _compute_dtype(input) == input.dtype:
+        return f"dtypes {input.dtype} and {weight.dtype}"
+    return "weight requires a gradient" if weight.requires_grad else None
+
+
+def _check_sharded(input: Any, linear_weight: Any) -> None:
+    """Raise one clear error for a head that is spread over ranks while the input is not."""
+    if not hasattr(linear_weight, "placements") or hasattr(input, "placements"):
+        return
+    raise ValueError(
+        f"linear_weight: got a DTensor placed {linear_weight.placements} with a plain input; use"
+        " fastlm_kernels.nn.LinearCrossEntropyLoss, which holds the head, and shard that module:"
+        " its weight is then whole when the loss is computed"
+    )
+
+
+def _num_items_tensor(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """On the device, without waiting for it."""
+    if num_items is None or isinstance(num_items, Tensor):
+        return None if num_items is None else num_items.detach().to(device, non_blocking=True)
+    return torch.full((), num_items, dtype=torch.int64, device=device)
+
+
+@with_kernel
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -144,18 +574,39 @@ def linear_cross_entropy(
     options: PyTorch's wish for a chunk size (`torch.nn.LinearCrossEntropyOptions`). It changes memory, never the
     result, and its combinations that PyTorch warns about and ignores are ignored: we choose the chunks ourselves.
     """
-    return linear_cross_entropy_reference(
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        options=options,
-        z_loss=z_loss,
-        return_z_loss=return_z_loss,
-        softcap=softcap,
-        num_items=num_items,
+    check_coefficient("z_loss", z_loss)
+    check_softcap(softcap)
+    check_num_items(num_items, reduction)
+    _check_sharded(input, linear_weight)
+    obstacle = _obstacle(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
+    if not _runtime.choose(input, linear_weight, linear_bias, target, weight, obstacle=obstacle):
+        return linear_cross_entropy_reference(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            z_loss=z_loss,
+            return_z_loss=return_z_loss,
+            softcap=softcap,
+            num_items=num_items,
+        )
+    dtype = _compute_dtype(input)
+    # Cast where autograd sees it; under autocast alone there is anything to cast.
+    x, head = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, head, bias)]
+    in_forward = reduction != "none"
+    loss, z, *_ = linear_cross_entropy_forward(
+        *(x, head, bias, target.reshape(-1), weight, _num_items_tensor(num_items, input.device), reduction),
+        *(-100 if ignore_index is None else ignore_index, float(label_smoothing), float(z_loss)),
+        *(None if softcap is None else float(softcap), [need and in_forward for need in wanted]),
+        any(wanted) and not in_forward,
     )
+    if reduction == "none":
+        loss, z = loss.view(target.shape), z.view(target.shape)
+    return (loss, z) if return_z_loss else loss

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import configs, norm, rotary
+from . import activation, configs, norm, rotary
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .softmax import log_softmax, softmax
 
 Case = dict[str, Any]
 Arguments = dict[str, Any]
@@ -299,6 +302,130 @@ _ROTARY_COMPILED: tuple[Case, ...] = (
 )
 
 
+def _with_extremes(values: Tensor) -> Tensor:
+    """The same with exact zeros, numbers close to it and numbers far out among them, requiring grad."""
+    flat = values.detach().view(-1)
+    for start, value in ((2, 0.0), (4, 20.0), (7, -20.0), (9, 1e-3)):
+        flat[start::11] = value
+    return flat.view(values.shape).requires_grad_()
+
+
+def _activation_inputs(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int | torch.Generator,
+    *,
+    rows: int,
+    columns: int,
+    names: tuple[str, ...] = ("input",),
+    bf16_bound: float = 20.0,
+    halves: bool = False,
+    approximate: str | None = None,
+) -> Arguments:
+    """Arguments called `names` of the activations; in `halves` they are parts of tensors with rows twice as long.
+
+    bf16_bound  no larger number in bf16: Triton's interpreter cuts results off there instead of rounding them, which
+                for an output close to 1 is more than all that is left of the derivative
+    """
+    g = generator_of(seed)
+    drawn = [random_tensor((rows, columns), dtype, device, g, scale=2.0) for _ in names]
+    drawn = [_with_extremes(values) for values in drawn]
+    if dtype == torch.bfloat16:
+        drawn = [values.detach().clamp_(-bf16_bound, bf16_bound).requires_grad_() for values in drawn]
+    if halves:
+        wide = torch.cat([values.detach() for values in (drawn * 2)[:2]], dim=1)
+        drawn = [part.requires_grad_() for part in wide.detach().chunk(2, 1)[: len(names)]]
+    arguments: Arguments = dict(zip(names, drawn, strict=True))
+    return arguments if approximate is None else {**arguments, "approximate": approximate}
+
+
+def _elementwise_traffic(passes: int) -> Callable[[Case, torch.dtype, bool], int]:
+    def traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
+        # One tensor: x in, y out; x, dy in, dx out. Two: g, u in, y out; g, u, dy in, dg, du out.
+        tensors = passes + (passes - 1 if backward else 0)
+        return case["rows"] * case["columns"] * tensors * dtype.itemsize
+
+    return traffic
+
+
+_ACTIVATION_CASES: tuple[Case, ...] = (
+    {"rows": 1, "columns": 1},
+    {"rows": 3, "columns": 5},
+    {"rows": 11, "columns": 1023},
+    {"rows": 9, "columns": 96, "halves": True},
+)
+_ACTIVATION_COMPILED: tuple[Case, ...] = (
+    {"rows": 4096, "columns": 1024},
+    {"rows": 4096, "columns": 768, "halves": True},
+    {"rows": 4096, "columns": 2048, "halves": True},
+)
+_GELU_FORMS: tuple[Case, ...] = ({"approximate": "tanh"},)
+
+
+def _activation(
+    fused: Callable[..., Any], reference: Callable[..., Any], flops: int, options: tuple[Case, ...] = (), **fixed: Any
+) -> Kernel:
+    passes = 1 + len(fixed.get("names", ("input",)))
+    return Kernel(
+        fused,
+        reference,
+        partial(_activation_inputs, **fixed),
+        _ACTIVATION_CASES + tuple({"rows": 6, "columns": 130, **case} for case in options),
+        _QUICK,
+        _LARGE,
+        _ACTIVATION_COMPILED + tuple({"rows": 4096, "columns": 1024, **case} for case in options),
+        _elementwise_traffic(passes),
+        _norm_flops(flops),
+    )
+
+
+_ACTIVATIONS = (
+    _activation(activation.gelu, F.gelu, 26, _GELU_FORMS),
+    _activation(activation.silu, F.silu, 4),
+    # Beyond these bf16 holds no number between the output and 1.
+    _activation(activation.sigmoid, F.sigmoid, 3, bf16_bound=5.0),
+    _activation(activation.tanh, F.tanh, 14, bf16_bound=2.5),
+    _activation(activation.relu_squared, activation.relu_squared_reference, 2, names=("x",)),
+    _activation(activation.swiglu, activation.swiglu_reference, 5, names=("gate", "up")),
+    _activation(activation.geglu, activation.geglu_reference, 27, _GELU_FORMS, names=("gate", "up")),
+)
+
+
+def _softmax_inputs(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int | torch.Generator,
+    *,
+    rows: int,
+    columns: int,
+    masked: bool = False,
+    out: torch.dtype | None = None,
+) -> Arguments:
+    """Arguments of the softmaxes; `masked` rows begin with -inf, `out` is the result's dtype."""
+    x = _with_extremes(random_tensor((rows, columns), dtype, device, generator_of(seed), scale=3.0))
+    if dtype == torch.bfloat16:
+        # As in _activation_inputs: an output that takes nearly the whole row.
+        x.detach().clamp_(-20.0, 4.0)
+    if masked:
+        x.detach()[:, : columns // 2] = -math.inf
+    return {"input": x, "dim": -1, "dtype": out}
+
+
+def _softmax_traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
+    # Forward: x in, y out. Backward: y, dy in, dx out.
+    out = case.get("out", dtype).itemsize
+    return case["rows"] * case["columns"] * (dtype.itemsize + (2 if backward else 1) * out)
+
+
+_SOFTMAX_TILES = tuple(config.block_n for config in configs.SOFTMAX_FORWARD["generic"])
+_SOFTMAX_COMPILED = (
+    *({"rows": 4096, "columns": columns} for columns in (*_SOFTMAX_TILES, 2 * _SOFTMAX_TILES[-1])),
+    *({"rows": 4096, "columns": columns, "out": torch.float32} for columns in (1024, _SOFTMAX_TILES[-1])),
+)
+# Attention scores and vocabularies.
+_SOFTMAX_LONG = tuple({"rows": 4096, "columns": columns} for columns in (16384, 50304, 128256, 262144))
+
+
 def _linear_cross_entropy_inputs(
     dtype: torch.dtype,
     device: torch.device | str,
@@ -412,6 +539,29 @@ KERNELS: tuple[Kernel, ...] = (
         _ROTARY_COMPILED,
         _rotary_traffic,
         _rotary_flops,
+    ),
+    *_ACTIVATIONS,
+    Kernel(
+        softmax,
+        F.softmax,
+        _softmax_inputs,
+        _small({"masked": True}, {"out": torch.float32}),
+        _QUICK,
+        _LARGE + _SOFTMAX_LONG,
+        _SOFTMAX_COMPILED,
+        _softmax_traffic,
+        _norm_flops(5),
+    ),
+    Kernel(
+        log_softmax,
+        F.log_softmax,
+        _softmax_inputs,
+        _small({"out": torch.float32}),
+        _QUICK,
+        _LARGE + _SOFTMAX_LONG,
+        _SOFTMAX_COMPILED,
+        _softmax_traffic,
+        _norm_flops(5),
     ),
     Kernel(
         linear_cross_entropy,

@@ -48,3 +48,12 @@ def normal_cdf(x):
     p = p * a - 1.1511065372839961
     tail = tl.where(a < 6.0, tl.exp2(p * a - 1.0), 0.0)
     return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@kernel()
+def expm1(x):
+    """e^x - 1 for x <= 0, also where it is so near 0 that e^x rounds to 1; NaN stays NaN."""
+    # Taylor's series, to 2e-8 where it is used.
+    n = tl.maximum(x, -0.35)
+    near = n * (1.0 + n / 2 * (1.0 + n / 3 * (1.0 + n / 4 * (1.0 + n / 5 * (1.0 + n / 6 * (1.0 + n / 7))))))
+    return tl.where(x > -0.35, near, tl.exp(x) - 1.0)

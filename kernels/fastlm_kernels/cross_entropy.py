@@ -224,11 +224,13 @@ def _coefficients(w, counted, scale, lse, weight_sum, on_one, on_each, z_loss):
 
 @kernel()
 def _gradient(
+    x,
     l,
     W,
     v,
     col_ok,
     y,
+    miss,
     high,
     low,
     a,
@@ -239,17 +241,19 @@ def _gradient(
     HAS_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx of the classes v of every row."""
+    """dx of the classes v of every row.
+
+    miss is p_y - 1 of the target, where p_y rounded to fp32 would lose digits: a confident token has no others.
+    """
     p = tl.exp((l - high[:, None]) - low[:, None])
     each = tl.broadcast_to(c[:, None], l.shape)
     if HAS_SMOOTHED_WEIGHT:
         each *= tl.load(W + v, mask=col_ok, other=0.0).to(ACC)[None, :]
-    # p - 1 before any rounding: the digits of 1 - p are all that a confident token has left.
-    dx = a[:, None] * tl.where(v[None, :] == y[:, None], p - 1.0, p) + (b[:, None] * p - each)
+    dx = a[:, None] * tl.where(v[None, :] == y[:, None], miss[:, None], p) + (b[:, None] * p - each)
     if HAS_SOFTCAP:
-        # dl/dx = 1 - tanh(x / c)^2
-        t = l / softcap
-        dx *= 1.0 - t * t
+        # dl/dx = 1 - tanh(x / c)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x / c|): nothing cancels near the cap
+        e = tl.exp(-2.0 * tl.abs(x.to(ACC) / softcap))
+        dx *= 4.0 * e / ((1.0 + e) * (1.0 + e))
     return dx
 
 
@@ -301,7 +305,7 @@ def cross_entropy_forward_kernel(
     y, counted, w = _targets(T, W, rows, row_ok, stride_t, N, ignore_index, HAS_WEIGHT, ACC)
     # Before any gradient is written: it may take the logits' place.
     target = tl.load(X + rows * stride_x + y, mask=row_ok, other=0.0)
-    target = _capped(target, row_ok, softcap, HAS_SOFTCAP, ACC)
+    target = _capped(target, rows >= 0, softcap, HAS_SOFTCAP, ACC)
     base = tl.where(tl.abs(target) < float("inf"), target, 0.0)
     l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
 
@@ -352,10 +356,26 @@ def cross_entropy_forward_kernel(
         if HAS_UPSTREAM:
             scale = tl.load(UPSTREAM + rows * stride_upstream, mask=row_ok, other=0.0).to(ACC)
         a, b, c = _coefficients(w, counted, scale, high, weight_sum, on_one, on_each, z_loss)
+        miss = _math.expm1(-nll)
         dx_rows = DX + rows[:, None] * stride_dx
         if WHOLE_ROW:
             dx = _gradient(
-                l, W, cols, cols < N, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC
+                x,
+                l,
+                W,
+                cols,
+                cols < N,
+                y,
+                miss,
+                high,
+                low,
+                a,
+                b,
+                c,
+                softcap,
+                HAS_SMOOTHING and HAS_WEIGHT,
+                HAS_SOFTCAP,
+                ACC,
             )
             tl.store(dx_rows + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
         else:
@@ -367,7 +387,22 @@ def cross_entropy_forward_kernel(
                 x = tl.load(x_rows + at[None, :], mask=mask, other=float("-inf"))
                 l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
                 dx = _gradient(
-                    l, W, at, at < N, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC
+                    x,
+                    l,
+                    W,
+                    at,
+                    at < N,
+                    y,
+                    miss,
+                    high,
+                    low,
+                    a,
+                    b,
+                    c,
+                    softcap,
+                    HAS_SMOOTHING and HAS_WEIGHT,
+                    HAS_SOFTCAP,
+                    ACC,
                 )
                 tl.store(dx_rows + at[None, :], dx.to(DX.dtype.element_ty), mask=mask)
 
@@ -461,7 +496,8 @@ def cross_entropy_backward_kernel(
     """A tile of the gradient of classes [first_class, first_class + N), of `classes` in all."""
     tiles = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = (tl.program_id(0) % tiles) * BLOCK_N
+    cols = start + tl.arange(0, BLOCK_N)
     row_ok, col_ok = rows < M, cols < N
     mask = row_ok[:, None] & col_ok[None, :]
     y, counted, w = _targets(T, W, rows, row_ok, stride_t, classes, ignore_index, HAS_WEIGHT, ACC)
@@ -479,7 +515,15 @@ def cross_entropy_backward_kernel(
     a, b, c = _coefficients(w, counted, scale, high, weight_sum, on_one, on_each, z_loss)
     l = _capped(x, mask & counted[:, None], softcap, HAS_SOFTCAP, ACC)
     v = first_class + cols
-    dx = _gradient(l, W, v, col_ok, y, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC)
+    # Another thread may have put the gradient there already: only the one whose element it is uses what it read.
+    at = y - first_class
+    mine = counted & (at >= start) & (at < tl.minimum(start + BLOCK_N, N))
+    target = tl.load(X + rows * stride_x + at, mask=mine, other=0.0)
+    target = _capped(target, mine, softcap, HAS_SOFTCAP, ACC)
+    miss = _math.expm1(tl.where(mine, (target - high) - low, 0.0))
+    dx = _gradient(
+        x, l, W, v, col_ok, y, miss, high, low, a, b, c, softcap, HAS_SMOOTHING and HAS_WEIGHT, HAS_SOFTCAP, ACC
+    )
     tl.store(DX + rows[:, None] * stride_dx + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
 
 

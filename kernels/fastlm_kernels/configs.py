@@ -94,8 +94,8 @@ ROTARY: RowTable = {
     "generic": _HEADS,
     "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _HEADS),
 }
-# With weight gradients; without this the assembler stops at 128 and spills 8 bytes in a partial rotation in fp32.
-ROTARY_REGISTERS = 192
+# Programs a multiprocessor holds in the backward of a partial rotation after the norm: up to 240 registers a thread.
+ROTARY_PARTIAL_PROGRAMS = 2
 _ROTARY_GROUP_HEADS = 4
 
 SOFTMAX_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}

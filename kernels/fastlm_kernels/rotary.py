@@ -243,28 +243,24 @@ def _rest(t_ok, PAIRS: tl.constexpr, D: tl.constexpr, BLOCK_REST: tl.constexpr):
 @kernel()
 def _load_weight(
     W,
+    weighted,
     weight_offset,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(1, BLOCK_P) twice and (1, BLOCK_REST) of weight_offset + w, ones without a weight."""
-    if HAS_WEIGHT:
-        one = tl.zeros([1], dtype=tl.int32)
-        a, b = _load_pairs(W, one, 1, one == 0, PAIRS, BLOCK_P, INTERLEAVED, ACC)
-        a, b, rest = a + weight_offset, b + weight_offset, a
-        if BLOCK_REST > 0:
-            cols, mask = _rest(one == 0, PAIRS, D, BLOCK_REST)
-            rest = tl.load(W + cols[None, :], mask=mask, other=0.0).to(ACC) + weight_offset
-    else:
-        a = tl.full([1, BLOCK_P], 1.0, dtype=ACC)
-        b, rest = a, a
-        if BLOCK_REST > 0:
-            rest = tl.full([1, BLOCK_REST], 1.0, dtype=ACC)
+    """weight_offset + w for the channels of pairs, (1, BLOCK_P) twice, and the rest; ones unless `weighted`."""
+    one = tl.zeros([1], dtype=tl.int32)
+    a, b = _load_pairs(W, one, 1, one == 0, PAIRS, BLOCK_P, INTERLEAVED, ACC)
+    a, b = tl.where(weighted, a + weight_offset, 1.0), tl.where(weighted, b + weight_offset, 1.0)
+    rest = a
+    if BLOCK_REST > 0:
+        cols, mask = _rest(one == 0, PAIRS, D, BLOCK_REST)
+        rest = tl.load(W + cols[None, :], mask=mask, other=0.0).to(ACC)
+        rest = tl.where(weighted, rest + weight_offset, 1.0)
     return a, b, rest
 
 
@@ -347,18 +343,15 @@ def rotary_kernel(
     sin_a, sin_b = _load_table(SIN, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
 
     if group < groups_q:
-        X, Y, heads, first = Q, YQ, heads_q, group * group_heads
+        X, W, Y, heads, first, weighted = Q, WQ, YQ, heads_q, group * group_heads, HAS_WQ
         x_rows, x_head = (batch * stride_qb + t * stride_qt) * UNIT, tl.cast(stride_qh, tl.int64) * UNIT
         y_rows, y_head = (batch * stride_yqb + t * stride_yqt) * UNIT, tl.cast(stride_yqh, tl.int64) * UNIT
     else:
-        X, Y, heads, first = K, YK, heads_k, (group - groups_q) * group_heads
+        X, W, Y, heads, first, weighted = K, WK, YK, heads_k, (group - groups_q) * group_heads, HAS_WK
         x_rows, x_head = (batch * stride_kb + t * stride_kt) * UNIT, tl.cast(stride_kh, tl.int64) * UNIT
         y_rows, y_head = (batch * stride_ykb + t * stride_ykt) * UNIT, tl.cast(stride_ykh, tl.int64) * UNIT
     if HAS_WQ or HAS_WK:
-        if group < groups_q:
-            w_a, w_b, w_rest = _load_weight(WQ, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, HAS_WQ, ACC)
-        else:
-            w_a, w_b, w_rest = _load_weight(WK, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, HAS_WK, ACC)
+        w_a, w_b, w_rest = _load_weight(W, weighted, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, ACC)
 
     for head in range(first, tl.minimum(first + group_heads, heads)):
         x_at = x_rows + head * x_head
@@ -457,7 +450,7 @@ def rotary_norm_backward_kernel(
     walkers = tl.num_programs(0) // groups
     time_blocks = tl.cdiv(T, BLOCK_T)
     if group < groups_q:
-        DY, X, DX, heads, first = DYQ, Q, DQ, heads_q, group * group_heads
+        DY, X, W, DX, heads, first, weighted = DYQ, Q, WQ, DQ, heads_q, group * group_heads, HAS_WQ
         stride_dyb, stride_dyt = tl.cast(stride_dyqb, tl.int64) * UNIT, tl.cast(stride_dyqt, tl.int64) * UNIT
         stride_xb, stride_xt = tl.cast(stride_qb, tl.int64) * UNIT, tl.cast(stride_qt, tl.int64) * UNIT
         stride_dxb, stride_dxt = tl.cast(stride_dqb, tl.int64) * UNIT, tl.cast(stride_dqt, tl.int64) * UNIT
@@ -465,7 +458,7 @@ def rotary_norm_backward_kernel(
         stride_dxh = tl.cast(stride_dqh, tl.int64) * UNIT
         dw_row = walker * groups_q + group
     else:
-        DY, X, DX, heads, first = DYK, K, DK, heads_k, (group - groups_q) * group_heads
+        DY, X, W, DX, heads, first, weighted = DYK, K, WK, DK, heads_k, (group - groups_q) * group_heads, HAS_WK
         stride_dyb, stride_dyt = tl.cast(stride_dykb, tl.int64) * UNIT, tl.cast(stride_dykt, tl.int64) * UNIT
         stride_xb, stride_xt = tl.cast(stride_kb, tl.int64) * UNIT, tl.cast(stride_kt, tl.int64) * UNIT
         stride_dxb, stride_dxt = tl.cast(stride_dkb, tl.int64) * UNIT, tl.cast(stride_dkt, tl.int64) * UNIT
@@ -473,11 +466,6 @@ def rotary_norm_backward_kernel(
         stride_dxh = tl.cast(stride_dkh, tl.int64) * UNIT
         # q's programs come first in the partial buffer.
         dw_row = walkers * groups_q + walker * groups_k + group - groups_q
-    if HAS_WQ or HAS_WK:
-        if group < groups_q:
-            w_a, w_b, w_rest = _load_weight(WQ, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, HAS_WQ, ACC)
-        else:
-            w_a, w_b, w_rest = _load_weight(WK, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, HAS_WK, ACC)
     dw_a = tl.zeros([BLOCK_T, BLOCK_P], dtype=ACC)
     dw_b = tl.zeros([BLOCK_T, BLOCK_P], dtype=ACC)
     if BLOCK_REST > 0:
@@ -525,6 +513,10 @@ def rotary_norm_backward_kernel(
                 if BLOCK_REST > 0:
                     dw_rest += g_rest * x_rest
             if HAS_WQ or HAS_WK:
+                # Here, from L1, and not before the loop, where they would hold the registers that tiles need.
+                w_a, w_b, w_rest = _load_weight(
+                    W, weighted, weight_offset, D, PAIRS, BLOCK_P, BLOCK_REST, INTERLEAVED, ACC
+                )
                 g_a, g_b = g_a * w_a, g_b * w_b
                 if BLOCK_REST > 0:
                     g_rest *= w_rest
@@ -632,7 +624,8 @@ def _plan(sides: _Pair, everyone: _Pair, options: _Options) -> _Plan:
     config = configs.row_config(configs.ROTARY, architecture, 2 * block_p + block_rest)
     blocks = batch * -(-time // config.block_m)
     heads, all_heads = ([0 if x is None else x.shape[options.heads_axis] for x in pair] for pair in (sides, everyone))
-    resident = _runtime.multiprocessors(like.device) * configs.programs_per_multiprocessor(config)
+    programs = configs.ROTARY_PARTIAL_PROGRAMS if block_rest else configs.programs_per_multiprocessor(config)
+    resident = _runtime.multiprocessors(like.device) * programs
     group_heads = configs.rotary_group_heads(blocks * sum(all_heads), resident)
     sizes = {"D": width, "PAIRS": options.rotated // 2, "BLOCK_T": config.block_m}
     sizes |= {"BLOCK_P": block_p, "BLOCK_REST": block_rest, "INTERLEAVED": options.interleaved}
@@ -687,7 +680,12 @@ def _present(pair: _Pair) -> list[Tensor]:
 
 
 def _weights(weights: _Pair, other: Tensor) -> list[Tensor]:
-    return [other if w is None else w.contiguous() for w in weights]
+    """Both in one dtype, as the kernels select between them."""
+    present = [w for w in weights if w is not None]
+    if len({w.dtype for w in present}) > 1:
+        present = [w.to(accumulator(other.dtype)[0]) for w in present]
+        weights = present
+    return [w.contiguous() for w in _present(weights)] if present else [other, other]
 
 
 def _launch_forward(

@@ -116,41 +116,42 @@ def _gradient(saved, dy, FUNCTION: tl.constexpr):
 
 @kernel()
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's rows, columns and mask, and whether the mask is all true."""
+    """This program's rows, first column, columns from there, mask, and whether the mask is all true."""
     strips = tl.cdiv(N, BLOCK_N)
-    # int64 from the start: both a row's elements and their offsets may pass 2^31.
+    # int64 from the start: both a row's elements and their offsets may pass 2^31; columns within a tile may not.
     first_row = (tl.program_id(0) // strips).to(tl.int64) * BLOCK_M
     first_col = (tl.program_id(0) % strips).to(tl.int64) * BLOCK_N
     rows = (first_row + tl.arange(0, BLOCK_M))[:, None]
-    cols = (first_col + tl.arange(0, BLOCK_N))[None, :]
-    whole = (first_row + BLOCK_M <= M) & (first_col + BLOCK_N <= N)
-    return rows, cols, (rows < M) & (cols < N), whole
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    width = tl.minimum(N - first_col, BLOCK_N).to(tl.int32)
+    whole = (first_row + BLOCK_M <= M) & (width == BLOCK_N)
+    return rows, first_col, cols, (rows < M) & (cols < width), whole
 
 
 # N may be any number and is not specialised, so a mask on it makes loads one element wide: whole tiles go without one.
 
 
 @kernel()
-def _load(P, at, mask, WHOLE: tl.constexpr, ACC: tl.constexpr):
+def _load(at, mask, WHOLE: tl.constexpr, ACC: tl.constexpr):
     if WHOLE:
-        value = tl.load(P + at)
+        value = tl.load(at)
     else:
-        value = tl.load(P + at, mask=mask, other=0.0)
+        value = tl.load(at, mask=mask, other=0.0)
     return value.to(ACC)
 
 
 @kernel()
-def _store(P, at, value, mask, WHOLE: tl.constexpr):
+def _store(at, value, mask, WHOLE: tl.constexpr):
     if WHOLE:
-        tl.store(P + at, value.to(P.dtype.element_ty))
+        tl.store(at, value.to(at.dtype.element_ty))
     else:
-        tl.store(P + at, value.to(P.dtype.element_ty), mask=mask)
+        tl.store(at, value.to(at.dtype.element_ty), mask=mask)
 
 
 @kernel()
-def _unary_forward_tile(X, Y, x_at, y_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr):
-    value, _ = _value_and_slope(_load(X, x_at, mask, WHOLE, ACC), FUNCTION)
-    _store(Y, y_at, value, mask, WHOLE)
+def _unary_forward_tile(x_at, y_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr):
+    value, _ = _value_and_slope(_load(x_at, mask, WHOLE, ACC), FUNCTION)
+    _store(y_at, value, mask, WHOLE)
 
 
 @kernel(do_not_specialize=("M", "N"))
@@ -166,20 +167,19 @@ def unary_forward_kernel(
     FUNCTION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    rows, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
-    x_at, y_at = rows * stride_x + cols, rows * stride_y + cols
+    rows, first_col, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
+    x_at = X + (rows * stride_x + first_col) + cols
+    y_at = Y + (rows * stride_y + first_col) + cols
     if whole:
-        _unary_forward_tile(X, Y, x_at, y_at, mask, True, FUNCTION, ACC)
+        _unary_forward_tile(x_at, y_at, mask, True, FUNCTION, ACC)
     else:
-        _unary_forward_tile(X, Y, x_at, y_at, mask, False, FUNCTION, ACC)
+        _unary_forward_tile(x_at, y_at, mask, False, FUNCTION, ACC)
 
 
 @kernel()
-def _unary_backward_tile(
-    DY, S, DX, dy_at, s_at, dx_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr
-):
-    saved, dy = _load(S, s_at, mask, WHOLE, ACC), _load(DY, dy_at, mask, WHOLE, ACC)
-    _store(DX, dx_at, _gradient(saved, dy, FUNCTION), mask, WHOLE)
+def _unary_backward_tile(dy_at, s_at, dx_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr):
+    saved, dy = _load(s_at, mask, WHOLE, ACC), _load(dy_at, mask, WHOLE, ACC)
+    _store(dx_at, _gradient(saved, dy, FUNCTION), mask, WHOLE)
 
 
 @kernel(do_not_specialize=("M", "N"))
@@ -198,20 +198,20 @@ def unary_backward_kernel(
     ACC: tl.constexpr,
 ):
     """S is what was saved: the input, or the output."""
-    rows, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
-    dy_at, s_at, dx_at = rows * stride_dy + cols, rows * stride_s + cols, rows * stride_dx + cols
+    rows, first_col, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
+    dy_at = DY + (rows * stride_dy + first_col) + cols
+    s_at = S + (rows * stride_s + first_col) + cols
+    dx_at = DX + (rows * stride_dx + first_col) + cols
     if whole:
-        _unary_backward_tile(DY, S, DX, dy_at, s_at, dx_at, mask, True, FUNCTION, ACC)
+        _unary_backward_tile(dy_at, s_at, dx_at, mask, True, FUNCTION, ACC)
     else:
-        _unary_backward_tile(DY, S, DX, dy_at, s_at, dx_at, mask, False, FUNCTION, ACC)
+        _unary_backward_tile(dy_at, s_at, dx_at, mask, False, FUNCTION, ACC)
 
 
 @kernel()
-def _gated_forward_tile(
-    G, U, Y, g_at, u_at, y_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr
-):
-    value, _ = _value_and_slope(_load(G, g_at, mask, WHOLE, ACC), FUNCTION)
-    _store(Y, y_at, value * _load(U, u_at, mask, WHOLE, ACC), mask, WHOLE)
+def _gated_forward_tile(g_at, u_at, y_at, mask, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, ACC: tl.constexpr):
+    value, _ = _value_and_slope(_load(g_at, mask, WHOLE, ACC), FUNCTION)
+    _store(y_at, value * _load(u_at, mask, WHOLE, ACC), mask, WHOLE)
 
 
 @kernel(do_not_specialize=("M", "N"))
@@ -230,25 +230,23 @@ def gated_forward_kernel(
     ACC: tl.constexpr,
 ):
     """y = f(g) u."""
-    rows, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
-    g_at, u_at, y_at = rows * stride_g + cols, rows * stride_u + cols, rows * stride_y + cols
+    rows, first_col, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
+    g_at = G + (rows * stride_g + first_col) + cols
+    u_at = U + (rows * stride_u + first_col) + cols
+    y_at = Y + (rows * stride_y + first_col) + cols
     if whole:
-        _gated_forward_tile(G, U, Y, g_at, u_at, y_at, mask, True, FUNCTION, ACC)
+        _gated_forward_tile(g_at, u_at, y_at, mask, True, FUNCTION, ACC)
     else:
-        _gated_forward_tile(G, U, Y, g_at, u_at, y_at, mask, False, FUNCTION, ACC)
+        _gated_forward_tile(g_at, u_at, y_at, mask, False, FUNCTION, ACC)
 
 
 @kernel()
 def _gated_backward_tile(
-    DY,
-    G,
-    U,
-    DG,
-    DU,
     dy_at,
     g_at,
     u_at,
     dg_at,
+    du_at,
     mask,
     WHOLE: tl.constexpr,
     FUNCTION: tl.constexpr,
@@ -257,12 +255,12 @@ def _gated_backward_tile(
     ACC: tl.constexpr,
 ):
     # dg = dy u f'(g)   du = dy f(g)
-    dy = _load(DY, dy_at, mask, WHOLE, ACC)
-    value, slope = _value_and_slope(_load(G, g_at, mask, WHOLE, ACC), FUNCTION)
+    dy = _load(dy_at, mask, WHOLE, ACC)
+    value, slope = _value_and_slope(_load(g_at, mask, WHOLE, ACC), FUNCTION)
     if HAS_DG:
-        _store(DG, dg_at, dy * _load(U, u_at, mask, WHOLE, ACC) * slope, mask, WHOLE)
+        _store(dg_at, dy * _load(u_at, mask, WHOLE, ACC) * slope, mask, WHOLE)
     if HAS_DU:
-        _store(DU, dg_at, dy * value, mask, WHOLE)
+        _store(du_at, dy * value, mask, WHOLE)
 
 
 @kernel(do_not_specialize=("M", "N"))
@@ -286,13 +284,16 @@ def gated_backward_kernel(
     ACC: tl.constexpr,
 ):
     """DG and DU share their layout."""
-    rows, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
-    dy_at, g_at = rows * stride_dy + cols, rows * stride_g + cols
-    u_at, dg_at = rows * stride_u + cols, rows * stride_dg + cols
+    rows, first_col, cols, mask, whole = _tile(M, N, BLOCK_M, BLOCK_N)
+    dy_at = DY + (rows * stride_dy + first_col) + cols
+    g_at = G + (rows * stride_g + first_col) + cols
+    u_at = U + (rows * stride_u + first_col) + cols
+    dg_at = DG + (rows * stride_dg + first_col) + cols
+    du_at = DU + (rows * stride_dg + first_col) + cols
     if whole:
-        _gated_backward_tile(DY, G, U, DG, DU, dy_at, g_at, u_at, dg_at, mask, True, FUNCTION, HAS_DG, HAS_DU, ACC)
+        _gated_backward_tile(dy_at, g_at, u_at, dg_at, du_at, mask, True, FUNCTION, HAS_DG, HAS_DU, ACC)
     else:
-        _gated_backward_tile(DY, G, U, DG, DU, dy_at, g_at, u_at, dg_at, mask, False, FUNCTION, HAS_DG, HAS_DU, ACC)
+        _gated_backward_tile(dy_at, g_at, u_at, dg_at, du_at, mask, False, FUNCTION, HAS_DG, HAS_DU, ACC)
 
 
 # Launchers.

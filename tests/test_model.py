@@ -1,6 +1,7 @@
 """The GPT: what it may see, what it computes, how it starts."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastlm.config import Config, ModelConfig
 from fastlm.model import GPT, hash32, rotary_table, sample_dropout
 from fastlm.resolve import resolve_model
+from fastlm_kernels import _runtime
 
 FAMILIES = {
     "modern": {},
@@ -230,3 +232,27 @@ class TestDropout:
         whole = model(tokens, tokens.roll(-1, 1), seeds_B=seeds, reduction="none")
         cut = model(tokens[2:], tokens.roll(-1, 1)[2:], seeds_B=seeds[2:], reduction="none")
         torch.testing.assert_close(whole[2:], cut)
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("family", ["modern", "gpt2"])
+def test_every_op_with_a_kernel_is_called_once_a_layer(family: str):
+    """The kernels that one update launches on a GPU, recorded on tensors without data: none more, none less."""
+    layers = 3
+    cfg = build(family, n_layer=layers, tie_embeddings=family == "gpt2").cfg
+    with torch.device("meta"):
+        model = GPT(cfg, 128, compute_dtype=torch.bfloat16)
+        tokens, count = torch.empty(4, 24, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    with _runtime.recording("sm_90") as launches:
+        model(tokens, tokens, num_items=count).backward()
+    found = Counter(launch.kernel.__name__ for launch in launches)
+    # Before each attention and MLP and after the last; the modern family norms the embedding too.
+    norms = 2 * layers + (2 if family == "modern" else 1)
+    expected = {"norm_forward_kernel": norms, "norm_backward_kernel": norms}
+    expected |= {"unary_forward_kernel": layers, "unary_backward_kernel": layers}
+    expected |= {"cross_entropy_forward_kernel": 1, "cross_entropy_reduce_kernel": 1, "scale_kernel": 2}
+    if family == "modern":
+        expected |= {"rotary_kernel": layers, "rotary_norm_backward_kernel": layers}
+    else:
+        expected["sum_partials_kernel"] = 2 * norms  # weight and bias
+    assert found == expected

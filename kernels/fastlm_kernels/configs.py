@@ -94,11 +94,17 @@ ROTARY: RowTable = {
     "generic": _HEADS,
     "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _HEADS),
 }
+# With weight gradients the assembler, left alone, stops at 128 registers and spills 8 bytes of unaligned rows' masks.
+ROTARY_SUM_REGISTERS = 255
 # Programs a multiprocessor holds in the backward of a partial rotation after the norm: up to 240 registers a thread.
 ROTARY_PARTIAL_PROGRAMS = 2
 _ROTARY_GROUP_HEADS = 4
 
-SOFTMAX_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
+# One tile in registers, not two: twice the columns, and still two programs a multiprocessor.
+SOFTMAX_FORWARD: RowTable = {
+    "generic": (*_WHOLE_ROWS, RowConfig(1, 16384, 32)),
+    "gfx942": (*_WHOLE_ROWS_GFX942, RowConfig(1, 16384, 16)),
+}
 SOFTMAX_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 
 # Elementwise functions: 32 bytes of each tensor a thread, two 16-byte loads. Tiles do not depend on how many elements
@@ -120,11 +126,11 @@ SUM_PARTIALS = RowConfig(16, 64, 4)
 # Cross-entropy: 16 logits a thread, two 16-byte loads in 16 bits; 8 programs of 128 threads have 32 KB on the way.
 CROSS_ENTROPY: RowTable = {
     "generic": (
-        RowConfig(128, 16, 4),
-        RowConfig(64, 32, 4),
-        RowConfig(32, 64, 4),
-        RowConfig(16, 128, 4),
-        RowConfig(8, 256, 4),
+        RowConfig(64, 16, 4),
+        RowConfig(32, 32, 4),
+        RowConfig(16, 64, 4),
+        RowConfig(8, 128, 4),
+        RowConfig(4, 256, 4),
         RowConfig(4, 512, 4),
         RowConfig(2, 1024, 4),
         RowConfig(1, 2048, 4),
@@ -134,6 +140,8 @@ CROSS_ENTROPY: RowTable = {
 CROSS_ENTROPY_LONG = RowConfig(1, 4096, 8)
 # A second walk over the row should find it in the L2 cache: few rows at a time.
 CROSS_ENTROPY_LONG_GRADIENT = RowConfig(1, 8192, 16)
+# With the soft-cap: else the assembler stops at 64 and spills 8 bytes.
+CROSS_ENTROPY_REGISTERS = 160
 # Sum of the rows' losses: block_n rows a step.
 CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 32)
 

@@ -188,7 +188,7 @@ def _capped(x, mask, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     """l = c tanh(x / c), or x itself; -inf outside the mask."""
     l = x.to(ACC)
     if HAS_SOFTCAP:
-        l = tl.where(mask, softcap * _math.tanh(l / softcap), float("-inf"))
+        l = tl.where(mask, softcap * _math.tanh(l * (1.0 / softcap)), float("-inf"))
     return l
 
 
@@ -251,9 +251,10 @@ def _gradient(
         each *= tl.load(W + v, mask=col_ok, other=0.0).to(ACC)[None, :]
     dx = a[:, None] * tl.where(v[None, :] == y[:, None], miss[:, None], p) + (b[:, None] * p - each)
     if HAS_SOFTCAP:
-        # dl/dx = 1 - tanh(x / c)^2 = 4 e / (1 + e)^2 with e = exp(-2 |x / c|): nothing cancels near the cap
-        e = tl.exp(-2.0 * tl.abs(x.to(ACC) / softcap))
-        dx *= 4.0 * e / ((1.0 + e) * (1.0 + e))
+        # dl/dx = 1 - t^2 = e (1 + |t|)^2 with t = l / c, e = exp(-2 |x / c|): nothing cancels near the cap
+        inverse = 1.0 / softcap
+        one_and_t = 1.0 + tl.minimum(tl.abs(l) * inverse, 1.0)
+        dx *= tl.exp(-2.0 * tl.abs(x.to(ACC) * inverse)) * (one_and_t * one_and_t)
     return dx
 
 
@@ -597,6 +598,7 @@ def _launch_forward_kernel(
             *(_row_stride(upstream), lse.stride(0), dx.stride(0), *options.scalars(classes)),
         ),
         num_warps=config.num_warps,
+        max_registers=_registers(options),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         WHOLE_ROW=classes <= config.block_n,
@@ -686,6 +688,7 @@ def launch_gradient(
             *(_row_stride(upstream), lse.stride(0), gradient.stride(0), *options.scalars(classes)),
         ),
         num_warps=config.num_warps,
+        max_registers=_registers(options),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         HAS_DENOMINATOR=denominator is not None,
@@ -712,6 +715,10 @@ def _switches(weight: Tensor | None, options: Options, upstream: Tensor | None, 
         "HAS_UPSTREAM": upstream is not None,
         "ACC": accumulator(logits.dtype)[1],
     }
+
+
+def _registers(options: Options) -> int | None:
+    return configs.CROSS_ENTROPY_REGISTERS if options.softcap is not None or options.label_smoothing else None
 
 
 def _row_stride(upstream: Tensor | None) -> int:

@@ -160,8 +160,8 @@ def linear_cross_entropy_reference(
 # Kernel.
 
 
-@kernel(do_not_specialize=("M",))
-def scale_kernel(X, UPSTREAM, DENOMINATOR, Y, M, N, BLOCK: tl.constexpr, ACC: tl.constexpr):
+@kernel(do_not_specialize=("UPSTREAM", "DENOMINATOR", "M"))
+def linear_cross_entropy_scale_kernel(X, UPSTREAM, DENOMINATOR, Y, M, N, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Y = X upstream / denominator, (M, N) without gaps; 0 where nothing was counted."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < M.to(tl.int64) * N
@@ -402,7 +402,7 @@ def _launch_scale(
             continue
         rows, columns = source.shape if source.dim() == 2 else (1, source.shape[0])
         launch(
-            scale_kernel,
+            linear_cross_entropy_scale_kernel,
             (-(-source.numel() // configs.LINEAR_SCALE_BLOCK),),
             (source, grad, denominator, result, rows, columns),
             num_warps=configs.LINEAR_SCALE_WARPS,

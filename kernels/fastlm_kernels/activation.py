@@ -17,11 +17,16 @@ Tensors that share one dense layout are read as a single row of all their elemen
 stride (`gate` and `up` as the two halves of one projection's output) are read where they lie. Only other layouts are
 copied first.
 
-Do they wait for memory? A multiprocessor of an H200 is sent 18 bytes a clock and issues 128 instructions for one
-element each, 28 for every bf16 element of a forward that reads one tensor. sm_90's code takes, loads and stores
-included, 13 for relu_squared, 17 for sigmoid and silu, 22 for gelu's tanh form, 25 for gelu and 26 for tanh: less, but
-not by much for the last two. All others, and everything in fp32, are far from it; so is the hardware's exponential
-unit, 16 a clock, of which they ask at most 2 an element forward and 3 backward.
+Do they wait for memory? A multiprocessor of an H200 gets 18 bytes a clock and issues instructions for 128 elements: a
+bf16 element that moves 4 bytes may cost 28 instructions, 6 bytes (a backward, or a gated forward) 42, 10 bytes (a gated
+backward) 71. sm_90's code, loads and stores included, has
+
+    forward     relu_squared 6   sigmoid 15   silu 16   gelu 19   gelu tanh 22   tanh 26
+    backward    relu_squared 10  sigmoid 8    silu 21   gelu 29   gelu tanh 31   tanh 7
+    gated       swiglu 19, backward 26        geglu 21, backward 35        geglu tanh 25, backward 35
+
+and at most two exponentials or reciprocals, of 16 a clock. All wait for memory; with the library's erf, 36 in its
+forward, gelu would not. fp32 has twice the time.
 """
 
 from __future__ import annotations

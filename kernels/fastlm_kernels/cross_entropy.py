@@ -206,6 +206,34 @@ def _finite(top):
 
 
 @kernel()
+def _log_sum(others, target, top, top2, ACC: tl.constexpr):
+    """(origin, rest) with lse = origin + rest, from the powers of the other classes and the target's logit.
+
+    Where the target has at least half of the sum, rest = log(1 + others / own) is nll itself, to all its digits.
+    """
+    log2_e = tl.full(top.shape, 1.4426950408889634, ACC)
+    own = tl.exp2(tl.fma(target, log2_e, -top2))
+    likely = (others <= own) & (own > 0.0)
+    ratio = others / tl.where(likely, own, 1.0)
+    one_more = 1.0 + ratio
+    taken = one_more - 1.0
+    # log(1 + r) = r log(1 + r) / ((1 + r) - 1), both with the same rounding
+    log1p = tl.where(taken > 0.0, tl.log(one_more) * (ratio / tl.where(taken > 0.0, taken, 1.0)), ratio)
+    # What rounding top2 took from every exponent comes back here.
+    rounding = tl.fma(top, log2_e, -top2)
+    log = (tl.log2(tl.where(likely, 1.0, others + own)) - rounding) * 0.6931471805599453
+    return tl.where(likely, target, top), tl.where(likely, log1p, log)
+
+
+@kernel()
+def _two_sum(a, b):
+    """(a + b, what rounding took from it)."""
+    total = a + b
+    kept = total - a
+    return total, (a - (total - kept)) + (b - kept)
+
+
+@kernel()
 def _deviations(l, W, cols, col_ok, mask, base, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
     """w_v (l_v - base), 0 outside the mask."""
     d = tl.where(mask, l, base[:, None]) - base[:, None]
@@ -310,10 +338,11 @@ def cross_entropy_forward_kernel(
     base = tl.where(tl.abs(target) < float("inf"), target, 0.0)
     l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
 
-    # sum_v exp(l_v) = s 2^top2, where top2 is log2(e) times the largest logit so far, as rounded
+    # sum_v exp(l_v) = s 2^top2, where top2 is log2(e) times the largest logit so far, as rounded. The target's own
+    # power stays out of s: beside 1, that of a confident token, the others would lose their digits.
     top = tl.max(l, axis=1)
     top2 = top * 1.4426950408889634
-    s = _powers(l, _finite(top2), ACC)
+    s = tl.where(cols[None, :] == y[:, None], 0.0, _powers(l, _finite(top2), ACC))
     if HAS_SMOOTHING:
         deviation = _deviations(l, W, cols, cols < N, mask, base, HAS_WEIGHT, ACC)
     if not WHOLE_ROW:
@@ -329,22 +358,23 @@ def cross_entropy_forward_kernel(
             before = top2
             top = tl.maximum(top, tl.max(l, axis=1))
             top2 = top * 1.4426950408889634
-            s = s * tl.exp2(before - _finite(top2))[:, None] + _powers(l, _finite(top2), ACC)
+            powers = _powers(l, _finite(top2), ACC)
+            # A branch: two more instructions for every logit would cost time.
+            if tl.max(((y >= start) & (y < start + BLOCK_N)).to(tl.int32), axis=0) > 0:
+                powers = tl.where(at[None, :] == y[:, None], 0.0, powers)
+            s = s * tl.exp2(before - _finite(top2))[:, None] + powers
             if HAS_SMOOTHING:
                 deviation += _deviations(l, W, at, at < N, mask, base, HAS_WEIGHT, ACC)
 
-    # lse = top + rest; what rounding top2 took from every exponent comes back here.
-    top, top2 = _finite(top), _finite(top2)
-    rounding = tl.fma(top, tl.full(top.shape, 1.4426950408889634, ACC), -top2)
-    rest = (tl.log2(tl.where(row_ok, tl.sum(s, axis=1), 1.0)) - rounding) * 0.6931471805599453
-    high, low = _two_sum(top, rest)
-    # nll = lse - l_y, its large parts subtracted first
-    nll = (top - target) + rest
+    others = tl.sum(s, axis=1)
+    origin, rest = _log_sum(others, target, _finite(top), _finite(top2), ACC)
+    high, low = _two_sum(origin, rest)
+    nll = (origin - target) + rest
     loss = on_one * w * nll
     weight_sum = tl.load(WEIGHT_SUM) if HAS_SMOOTHING and HAS_WEIGHT else N
     if HAS_SMOOTHING:
         # sum_v w_v (lse - l_v)
-        loss += on_each * (weight_sum * ((top - base) + rest) - tl.sum(deviation, axis=1))
+        loss += on_each * (weight_sum * ((origin - base) + rest) - tl.sum(deviation, axis=1))
     z = tl.where(counted, z_loss * high * high, 0.0)
     tl.store(LOSS + rows, tl.where(counted, loss + z, 0.0), mask=row_ok)
     tl.store(Z + rows, z, mask=row_ok)
@@ -406,14 +436,6 @@ def cross_entropy_forward_kernel(
                     ACC,
                 )
                 tl.store(dx_rows + at[None, :], dx.to(DX.dtype.element_ty), mask=mask)
-
-
-@kernel()
-def _two_sum(a, b):
-    """(a + b, what rounding took from it)."""
-    total = a + b
-    kept = total - a
-    return total, (a - (total - kept)) + (b - kept)
 
 
 @kernel(do_not_specialize=("LOSS", "Z", "COUNT", "ITEMS", "LOSS_SUM", "Z_SUM", "DENOMINATOR", "M", "steps"))

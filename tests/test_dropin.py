@@ -92,6 +92,9 @@ def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dty
             # Named difference (a): fp32 losses; PyTorch's rounds to half on the way and in the result.
             assert out.dtype == torch.float32
             torch.testing.assert_close(out, expected.float(), rtol=4e-3, atol=4e-3, equal_nan=True)
+        elif public == "log_softmax" and dtype == torch.float16:
+            # PyTorch's on a CPU loses digits of fp16 close to 0, where a result has more than the input.
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
         else:
             torch.testing.assert_close(out, expected, equal_nan=True)
         assert len(grads) == len(expected_grads)

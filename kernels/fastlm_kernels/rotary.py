@@ -605,6 +605,7 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, list[int]]:
 class _Plan(NamedTuple):
     """How one launch is cut into programs."""
 
+    time: int
     blocks: int  # of positions, in all batches
     walkers: int  # programs a group of heads that stay resident
     heads: list[int]
@@ -631,7 +632,7 @@ def _plan(sides: _Pair, everyone: _Pair, options: _Options) -> _Plan:
     sizes |= {"BLOCK_P": block_p, "BLOCK_REST": block_rest, "INTERLEAVED": options.interleaved}
     groups, all_groups = ([-(-count // group_heads) for count in counts] for counts in (heads, all_heads))
     walkers = min(blocks, max(1, resident // sum(all_groups)))
-    return _Plan(blocks, walkers, heads, groups, group_heads, config.num_warps, sizes)
+    return _Plan(time, blocks, walkers, heads, groups, group_heads, config.num_warps, sizes)
 
 
 def _power_of_2(n: int) -> int:
@@ -657,7 +658,7 @@ def _launch_rotation(
             *_present(sides),
             *(cos, sin, *_weights(weights, cos)),
             *_present(outputs),
-            *(results[0].shape[3 - options.heads_axis], *plan.heads, *plan.groups, plan.group_heads),
+            *(plan.time, *plan.heads, *plan.groups, plan.group_heads),
             *(*strides, *table_strides, options.eps or 0.0, options.weight_offset),
         ),
         num_warps=plan.num_warps,
@@ -759,11 +760,12 @@ def _launch_norm_backward(
             *(*_present(upstream), *_present(sides)),
             *(cos, sin, *_weights(weights, cos)),
             *(*_present(results), partial),
-            *(inputs[0].shape[3 - options.heads_axis], plan.blocks, -(-plan.blocks // walkers)),
+            *(plan.time, plan.blocks, -(-plan.blocks // walkers)),
             *(*plan.heads, *plan.groups, plan.group_heads),
             *(*strides, *table_strides, options.eps, options.weight_offset),
         ),
         num_warps=plan.num_warps,
+        max_registers=configs.ROTARY_SUM_REGISTERS if need_dw else None,
         **plan.sizes,
         UNIT=unit,
         TABLE_UNIT=table_unit,

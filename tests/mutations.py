@@ -22,6 +22,7 @@ PACKAGE = ROOT / "kernels" / "fastlm_kernels"
 _EVERY = "test_every_kernel.py::"
 _ACCURATE = _EVERY + "test_as_accurate_as_pytorch[{}]"
 _LONG = _EVERY + "test_long_rows_walked_in_blocks[float32-{}]"
+_LINEAR = "test_linear_cross_entropy.py::"
 
 
 @dataclass(frozen=True)
@@ -333,6 +334,170 @@ MUTATIONS = (
         "2 * base_worst + 4, rms, 2 * base_rms + 1",
         "2 * base_worst + 4e6, rms, 2 * base_rms + 4e6",
         "test_check.py::test_wrong_results_fail",
+    ),
+    # linear_cross_entropy.py
+    Mutation(
+        "last chunk of tokens dropped",
+        "linear_cross_entropy.py",
+        "for start in range(0, tokens, max(1, plan.rows))]",
+        "for start in range(0, tokens - plan.rows + 1, max(1, plan.rows))]",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-tokens]",
+    ),
+    Mutation(
+        "only the last chunk's weight gradient",
+        "linear_cross_entropy.py",
+        "_multiply(g.t(), x, dw, add[1])",
+        "_multiply(g.t(), x, dw, False)",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-tokens]",
+    ),
+    Mutation(
+        "only the last block's input gradient",
+        "linear_cross_entropy.py",
+        "_multiply(g, linear_weight, dx, add[0])",
+        "_multiply(g, linear_weight, dx, False)",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-classes]",
+    ),
+    Mutation(
+        "bias gradient missing",
+        "linear_cross_entropy.py",
+        "    if db.numel():\n",
+        "    if False:\n",
+        _LINEAR + "test_nothing_counted_in_the_kernels[True-9-tokens]",
+    ),
+    Mutation(
+        "only the last chunk's bias gradient",
+        "linear_cross_entropy.py",
+        "torch.add(db, g.sum(0, dtype=db.dtype), out=db) if add[1] else torch.sum(",
+        "torch.sum(",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-tokens]",
+    ),
+    Mutation(
+        "where a block of classes begins",
+        "linear_cross_entropy.py",
+        "first_class=first, ",
+        "first_class=0, ",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-classes]",
+    ),
+    Mutation(
+        "a block of classes taken for all",
+        "linear_cross_entropy.py",
+        ", classes=classes\n        )",
+        "\n        )",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-classes]",
+    ),
+    Mutation(
+        "bias of the first block of classes for all",
+        "linear_cross_entropy.py",
+        "linear_bias[first:last]",
+        "linear_bias[: last - first]",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-classes]",
+    ),
+    Mutation(
+        "weight gradient summed in 16 bits",
+        "linear_cross_entropy.py",
+        "return (wide if x.dtype == torch.float16 else x.dtype), wide",
+        "return (wide if x.dtype == torch.float16 else x.dtype), x.dtype",
+        _LINEAR + "test_fp16_sums_over_many_tokens_stay_finite",
+    ),
+    Mutation(
+        "input gradient rounded to fp16 before it is scaled",
+        "linear_cross_entropy.py",
+        "return (wide if x.dtype == torch.float16 else x.dtype), wide",
+        "return x.dtype, wide",
+        _LINEAR + "test_kept_gradients_are_as_wide_as_they_must[float16]",
+    ),
+    Mutation(
+        "upstream gradient of another chunk's tokens",
+        "linear_cross_entropy.py",
+        "part, upstream = x[start:stop], grad[start:stop]",
+        "part, upstream = x[start:stop], grad[: stop - start]",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-tokens]",
+    ),
+    Mutation(
+        "log-sum-exp of another chunk's tokens",
+        "linear_cross_entropy.py",
+        "lse[:, start:stop], logits, upstream",
+        "lse[:, : stop - start], logits, upstream",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-tokens]",
+    ),
+    Mutation(
+        "scaled twice",
+        "linear_cross_entropy.py",
+        "(x * scale).to(",
+        "(x * scale * scale).to(",
+        _LINEAR + "test_chunks_equal_one_chunk_in_fp64[mean-tokens]",
+    ),
+    Mutation(
+        "upstream gradient forgotten",
+        "linear_cross_entropy.py",
+        "tl.load(UPSTREAM).to(ACC) / tl.where",
+        "1.0 / tl.where",
+        _LINEAR + "test_fp16_gradients_do_not_depend_on_a_loss_scale[tokens]",
+    ),
+    Mutation(
+        "0 / 0 where nothing was counted",
+        "linear_cross_entropy.py",
+        "counted = denominator != 0.0",
+        "counted = denominator == denominator",
+        _LINEAR + "test_nothing_counted_in_the_kernels[False-9-tokens]",
+    ),
+    Mutation(
+        "no zeros where no chunk writes",
+        "linear_cross_entropy.py",
+        "make = torch.zeros if x.shape[0] == 0 else torch.empty",
+        "make = torch.empty",
+        _LINEAR + "test_nothing_counted_in_the_kernels[False-0-tokens]",
+    ),
+    Mutation(
+        "scaled in place",
+        "linear_cross_entropy.py",
+        "torch.empty_like(source, dtype=dtype)",
+        "source.to(dtype)",
+        _LINEAR + "test_chunks_repeat_bit_for_bit[mean-tokens]",
+    ),
+    Mutation(
+        "gradients formed for nobody",
+        "linear_cross_entropy.py",
+        'in_one_pass = any(needs) and plan.mode == "tokens"',
+        'in_one_pass = plan.mode == "tokens"',
+        _LINEAR + "test_products_and_launches_of_a_step[tokens]",
+    ),
+    Mutation(
+        "a buffer for all logits",
+        "linear_cross_entropy.py",
+        "buffer = x.new_empty(plan.buffer_elements)\n    in_one_pass",
+        "buffer = x.new_empty(max(plan.buffer_elements, tokens * classes))\n    in_one_pass",
+        _LINEAR + "test_never_more_than_a_chunk_of_logits[tokens]",
+    ),
+    Mutation(
+        "products blind to autocast",
+        "linear_cross_entropy.py",
+        "return torch.get_autocast_dtype(kind)",
+        "return input.dtype",
+        _LINEAR + "test_autocast_gives_the_references_dtypes[torch.bfloat16-mean]",
+    ),
+    Mutation(
+        "a sharded head fails somewhere inside",
+        "linear_cross_entropy.py",
+        'if not hasattr(linear_weight, "placements") or',
+        "if True or",
+        _LINEAR + "test_a_sharded_head_is_one_clear_error_and_the_module_the_way",
+        interpret=False,
+    ),
+    Mutation(
+        "a frozen head pays for blocks of classes",
+        "configs.py",
+        "if not by_classes or not weight_gradient or rows >= tokens:",
+        "if not by_classes or rows >= tokens:",
+        _LINEAR + "test_products_and_launches_of_a_step[classes]",
+    ),
+    Mutation(
+        "chunks past their share of memory",
+        "configs.py",
+        "min(most_rows, buffer_bytes // row_bytes)",
+        "most_rows",
+        _LINEAR + "test_plans_of_all_sizes[128256-768-torch.bfloat16]",
+        interpret=False,
     ),
 )
 

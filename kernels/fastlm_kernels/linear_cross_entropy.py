@@ -6,8 +6,8 @@ With x (N, D) hidden states, W (V, D) the head, b its bias, and cross_entropy of
     loss   = cross_entropy(logits, target)
     dx = G W,   dW = G^T x,   db = sum_n G_n         where G = dloss/dlogits, (N, V)
 
-"mean" and "sum" form the gradients in the forward. The tokens are walked in chunks of R rows (8 of 8192 rows for 64k
-tokens and 50304 classes; `configs.linear_cross_entropy_plan` shows it), all in one buffer:
+"mean" and "sum" form the gradients in the forward. The tokens are walked in chunks of R rows (6 of 11008 for 64k tokens
+of 768 and 50304 classes; `configs.linear_cross_entropy_plan` shows it), all in one buffer:
 
     logits = x_chunk W^T + b                 rounded to x's dtype, as the unfused product rounds them
     loss, lse, and G written over the logits                                    (cross_entropy's kernel)
@@ -27,7 +27,7 @@ FLOPs: 2 N V D for the loss, 6 with gradients; 8 for "none" with its backward, a
 Bytes for s-byte dtypes, beside what the products read and write: N V logits read and overwritten, as by the unfused
 pair; each chunk but the first reads dW in fp32, each writes it, 8 V D ceil(N / R) - 4 V D in all; scaling (4 + s) V D +
 2 s N D. A bias gradient reads G once more. Kept for the backward: dx, dW in fp32; for "none" x, W and lse.
-Memory at 64k tokens, D 768, V 50304, bf16: the buffer 824 MB, dW in fp32 155 MB, dx 101 MB, together a twelfth of the
+Memory at 64k tokens, D 768, V 50304, bf16: the buffer 1108 MB, dW in fp32 155 MB, dx 101 MB, together a ninth of the
 13.2 GB that logits and their gradient take.
 """
 

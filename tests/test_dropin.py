@@ -94,7 +94,7 @@ def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dty
             torch.testing.assert_close(out, expected.float(), rtol=4e-3, atol=4e-3, equal_nan=True)
         elif public == "log_softmax" and dtype == torch.float16:
             # PyTorch's on a CPU loses digits of fp16 close to 0, where a result has more than the input.
-            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(out, expected, rtol=2e-3, atol=1e-3)
         else:
             torch.testing.assert_close(out, expected, equal_nan=True)
         assert len(grads) == len(expected_grads)
@@ -104,6 +104,8 @@ def test_samples_give_the_same_outputs_and_gradients(name: str, dtype: torch.dty
                 # PyTorch rounds its half-precision log-probabilities before the gradient is formed from them.
                 rounded = public in LOSSES and dtype == torch.float16
                 tolerance: Any = {"rtol": 1e-2, "atol": 8e-3} if rounded else {}
+                if public == "log_softmax" and dtype == torch.float16:
+                    tolerance = {"rtol": 2e-3, "atol": 1e-3}
                 if public in KERNELS:
                     # Rows of 1 and 2 elements: where the exact gradient is 0, PyTorch's and ours round differently.
                     half = dtype == torch.float16

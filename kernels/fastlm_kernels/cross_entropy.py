@@ -176,7 +176,7 @@ def _targets(T, W, rows, row_ok, stride_t, classes, ignore_index, HAS_WEIGHT: tl
     y = tl.load(T + rows * stride_t, mask=row_ok, other=0).to(tl.int64)
     counted = row_ok & (y != ignore_index)
     inside = (y >= 0) & (y < classes)
-    y = tl.where(inside, y, 0)
+    y = tl.where(inside, y, 0).to(tl.int32)
     w = tl.full(y.shape, 1.0, ACC)
     if HAS_WEIGHT:
         w = tl.load(W + y, mask=row_ok, other=0.0).to(ACC)
@@ -190,13 +190,6 @@ def _capped(x, mask, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     if HAS_SOFTCAP:
         l = tl.where(mask, softcap * _math.tanh(l * (1.0 / softcap)), float("-inf"))
     return l
-
-
-@kernel()
-def _powers(l, top2, ACC: tl.constexpr):
-    """e^l / 2^top2: one multiply-add and one power of two an element."""
-    log2_e = tl.full(l.shape, 1.4426950408889634, ACC)
-    return tl.exp2(tl.fma(l, log2_e, tl.broadcast_to(-top2[:, None], l.shape)))
 
 
 @kernel()
@@ -231,6 +224,34 @@ def _two_sum(a, b):
     total = a + b
     kept = total - a
     return total, (a - (total - kept)) + (b - kept)
+
+
+@kernel()
+def _powers(l, top2, ACC: tl.constexpr):
+    """e^l / 2^top2: one multiply-add and one power of two a logit."""
+    return tl.exp2(tl.fma(l, tl.full(l.shape, 1.4426950408889634, ACC), tl.broadcast_to(-top2, l.shape)))
+
+
+@kernel()
+def _by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile as (rows, loads, lanes, VECTOR): what a thread holds of a row, if it loads VECTOR elements at a time."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // (LANES * VECTOR), LANES, VECTOR])
+
+
+@kernel()
+def _lane_sums(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.sum(tl.sum(_by_lane(x, LANES, VECTOR), axis=3), axis=1)
+
+
+@kernel()
+def _add_powers(l, top, s, LANES: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """(top, s) of each lane with those of l added: sum_v e^l_v = s 2^(log2(e) top), the exponent as it is rounded."""
+    l = _by_lane(l, LANES, VECTOR)
+    before = top * 1.4426950408889634
+    top = tl.maximum(top, tl.max(tl.max(l, axis=3), axis=1))
+    top2 = _finite(top) * 1.4426950408889634
+    powers = _powers(l, top2[:, None, :, None], ACC)
+    return top, s * tl.exp2(before - top2) + tl.sum(tl.sum(powers, axis=3), axis=1)
 
 
 @kernel()
@@ -316,6 +337,8 @@ def cross_entropy_forward_kernel(
     softcap,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -338,14 +361,25 @@ def cross_entropy_forward_kernel(
     base = tl.where(tl.abs(target) < float("inf"), target, 0.0)
     l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
 
-    # sum_v exp(l_v) = s 2^top2, where top2 is log2(e) times the largest logit so far, as rounded. The target's own
-    # power stays out of s: beside 1, that of a confident token, the others would lose their digits.
-    top = tl.max(l, axis=1)
-    top2 = top * 1.4426950408889634
-    s = tl.where(cols[None, :] == y[:, None], 0.0, _powers(l, _finite(top2), ACC))
+    # The target's own power stays out of the sum of powers: next to 1, that of a confident token, the others would
+    # lose their digits.
+    others = tl.where(cols[None, :] == y[:, None], float("-inf"), l)
     if HAS_SMOOTHING:
-        deviation = _deviations(l, W, cols, cols < N, mask, base, HAS_WEIGHT, ACC)
-    if not WHOLE_ROW:
+        deviations = _deviations(l, W, cols, cols < N, mask, base, HAS_WEIGHT, ACC)
+    if WHOLE_ROW:
+        row_top = _finite(tl.maximum(tl.max(others, axis=1), target))
+        row_top2 = row_top * 1.4426950408889634
+        s = tl.sum(_powers(others, row_top2[:, None], ACC), axis=1)
+        if HAS_SMOOTHING:
+            deviation = tl.sum(deviations, axis=1)
+    else:
+        # Each thread has the largest of its logits in `top` and the sum of their powers in `s`: no thread waits for
+        # another before the whole row is read.
+        top = tl.full([BLOCK_M, LANES], float("-inf"), ACC)
+        s = tl.zeros([BLOCK_M, LANES], dtype=ACC)
+        top, s = _add_powers(others, top, s, LANES, VECTOR, ACC)
+        if HAS_SMOOTHING:
+            lane_deviation = _lane_sums(deviations, LANES, VECTOR)
         # The next block is always on its way while one is summed.
         at = BLOCK_N + cols
         x = tl.load(x_rows + at[None, :], mask=row_ok[:, None] & (at < N)[None, :], other=float("-inf"))
@@ -355,26 +389,26 @@ def cross_entropy_forward_kernel(
             l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
             ahead = at + BLOCK_N
             x = tl.load(x_rows + ahead[None, :], mask=row_ok[:, None] & (ahead < N)[None, :], other=float("-inf"))
-            before = top2
-            top = tl.maximum(top, tl.max(l, axis=1))
-            top2 = top * 1.4426950408889634
-            powers = _powers(l, _finite(top2), ACC)
+            if HAS_SMOOTHING:
+                deviations = _deviations(l, W, at, at < N, mask, base, HAS_WEIGHT, ACC)
+                lane_deviation += _lane_sums(deviations, LANES, VECTOR)
             # A branch: two more instructions for every logit would cost time.
             if tl.max(((y >= start) & (y < start + BLOCK_N)).to(tl.int32), axis=0) > 0:
-                powers = tl.where(at[None, :] == y[:, None], 0.0, powers)
-            s = s * tl.exp2(before - _finite(top2))[:, None] + powers
-            if HAS_SMOOTHING:
-                deviation += _deviations(l, W, at, at < N, mask, base, HAS_WEIGHT, ACC)
-
-    others = tl.sum(s, axis=1)
-    origin, rest = _log_sum(others, target, _finite(top), _finite(top2), ACC)
+                l = tl.where(at[None, :] == y[:, None], float("-inf"), l)
+            top, s = _add_powers(l, top, s, LANES, VECTOR, ACC)
+        row_top = _finite(tl.maximum(tl.max(top, axis=1), target))
+        row_top2 = row_top * 1.4426950408889634
+        s = tl.sum(s * tl.exp2(top * 1.4426950408889634 - row_top2[:, None]), axis=1)
+        if HAS_SMOOTHING:
+            deviation = tl.sum(lane_deviation, axis=1)
+    origin, rest = _log_sum(s, target, row_top, row_top2, ACC)
     high, low = _two_sum(origin, rest)
     nll = (origin - target) + rest
     loss = on_one * w * nll
     weight_sum = tl.load(WEIGHT_SUM) if HAS_SMOOTHING and HAS_WEIGHT else N
     if HAS_SMOOTHING:
         # sum_v w_v (lse - l_v)
-        loss += on_each * (weight_sum * ((origin - base) + rest) - tl.sum(deviation, axis=1))
+        loss += on_each * (weight_sum * ((origin - base) + rest) - deviation)
     z = tl.where(counted, z_loss * high * high, 0.0)
     tl.store(LOSS + rows, tl.where(counted, loss + z, 0.0), mask=row_ok)
     tl.store(Z + rows, z, mask=row_ok)
@@ -623,6 +657,7 @@ def _launch_forward_kernel(
         max_registers=_registers(options),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        **_lanes(config, logits),
         WHOLE_ROW=classes <= config.block_n,
         HAS_GRADIENT=gradient is not None,
         **_switches(weight, options, upstream, logits),
@@ -737,6 +772,16 @@ def _switches(weight: Tensor | None, options: Options, upstream: Tensor | None, 
         "HAS_UPSTREAM": upstream is not None,
         "ACC": accumulator(logits.dtype)[1],
     }
+
+
+def _lanes(config: configs.RowConfig, logits: Tensor) -> dict[str, int]:
+    """How Triton deals a tile out: 16 bytes a thread where the rows' distance allows such loads, then along the row.
+
+    It decides what stays in one thread and so the speed, never the result's meaning.
+    """
+    vector = min(16 // logits.element_size() if logits.stride(0) % 16 == 0 else 1, config.block_n)
+    threads = config.num_warps * (64 if _runtime.architecture(logits.device).startswith("gfx") else 32)
+    return {"LANES": min(threads, config.block_n // vector), "VECTOR": vector}
 
 
 def _registers(options: Options) -> int | None:

@@ -2,6 +2,7 @@
 
 `needs_kernels`   runs the Triton kernels themselves: on a GPU, or in the interpreter under TRITON_INTERPRET=1.
                   On a CPU without it they are deselected here, and test_interpreter.py runs them in a subprocess.
+`both_paths`      holds on PyTorch's path and on the kernels': runs here, and in that subprocess once more.
 `needs_compiler`  compiles kernels: deselected where Triton is missing or interprets. `needs_interpreter` starts the
 interpreter in a subprocess: deselected there too. `needs_triton` is deselected where Triton is missing, `needs_gpu`
 where there is no GPU or the interpreter stands in for it.
@@ -29,6 +30,7 @@ CAN_INTERPRET = CAN_COMPILE  # in a subprocess
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers."""
     config.addinivalue_line("markers", "needs_kernels: runs Triton kernels (GPU, or TRITON_INTERPRET=1)")
+    config.addinivalue_line("markers", "both_paths: runs on PyTorch's path and again on the kernels'")
     config.addinivalue_line("markers", "needs_compiler: compiles Triton kernels")
     config.addinivalue_line("markers", "needs_interpreter: starts Triton's interpreter in a subprocess")
     config.addinivalue_line("markers", "needs_triton: needs Triton to be installed")

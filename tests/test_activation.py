@@ -16,6 +16,8 @@ import fastlm_kernels as fk
 from fastlm_kernels import _runtime, activation, configs
 from fastlm_kernels.check import compare
 
+pytestmark = pytest.mark.both_paths
+
 
 def _tanh_gelu(x: Tensor) -> Tensor:
     return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -228,6 +230,26 @@ def test_many_tiles(
         errors += compare(fk.silu, F.silu, {"input": leaves["gate"]}, upstream)
         errors += compare(fk.tanh, torch.tanh, {"input": leaves["gate"]}, upstream)
         assert all(error.ok for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "rows", "columns", "tile"),
+    [
+        (2, 1, 10**10, (1, 2048)),
+        (4, 1, 5, (1, 1024)),
+        (2, 8, 768, (8, 256)),
+        (2, 8, 11008, (8, 256)),
+        (2, 8, 8192, (1, 2048)),
+        (4, 8, 8192, (1, 1024)),
+        (2, 8, 100, (16, 128)),
+        (2, 8, 5, (256, 8)),
+        (2, 8, 5461, (1, 2048)),
+    ],
+)
+def test_tiles_divide_rows_where_they_can(itemsize: int, rows: int, columns: int, tile: tuple[int, int]) -> None:
+    """4096 bytes each, as many columns of a row as a power of two divides; one row of everything is cut evenly."""
+    config = configs.elementwise_config("sm_90", itemsize, rows, columns)
+    assert (config.block_m, config.block_n) == tile
 
 
 @pytest.mark.needs_kernels

@@ -14,6 +14,8 @@ from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
 
 import fastlm_kernels as fk
 
+pytestmark = pytest.mark.both_paths
+
 Call = Callable[[Callable[..., Any]], Any]
 
 

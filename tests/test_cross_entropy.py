@@ -11,6 +11,8 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 
+pytestmark = pytest.mark.both_paths
+
 
 def _inputs(seed: int = 0, rows: int = 9, classes: int = 13, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 
+pytestmark = pytest.mark.both_paths
+
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 KERNELS = ("layer_norm", "rms_norm")
 

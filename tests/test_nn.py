@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 
+pytestmark = pytest.mark.both_paths
+
 ROWS = torch.Generator().manual_seed(0)
 CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], Callable[[], tuple[Tensor, ...]]]] = {
     "LayerNorm": ("LayerNorm", (12,), {}, lambda: (torch.randn(3, 5, 12),)),

@@ -16,6 +16,8 @@ import fastlm_kernels as fk
 from fastlm_kernels import norm
 from fastlm_kernels.check import compare
 
+pytestmark = pytest.mark.both_paths
+
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import fastlm_kernels as fk
 from fastlm_kernels import patching
 
+pytestmark = pytest.mark.both_paths
+
 
 class OwnNorm(nn.LayerNorm):
     """A subclass with a forward of its own."""

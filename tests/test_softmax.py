@@ -16,6 +16,8 @@ import fastlm_kernels as fk
 from fastlm_kernels import _runtime, configs
 from fastlm_kernels.check import compare
 
+pytestmark = pytest.mark.both_paths
+
 both = pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 # Several rows a program, one, and rows walked in blocks (of 4 columns).
 every_length = pytest.mark.parametrize("length", [5, 1100, "blocks"])

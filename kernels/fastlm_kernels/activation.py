@@ -10,8 +10,8 @@ Backward: dx = dy f'(x), and for f(g) u, in one launch, dg = dy u f'(g) and du =
 inputs; the output instead for sigmoid, f' = y (1 - y), and tanh, f' = 1 - y^2.
 
 Memory traffic per element, s bytes each (2 in bf16): forward reads x and writes y, 2 s; backward reads x and dy and
-writes dx, 3 s. Gated: 3 s and 5 s; the product of PyTorch's two operators takes 5 s and 8 s. Arithmetic is fp32 with
-one rounding, at the end.
+writes dx, 3 s. Gated: 3 s and 5 s; PyTorch's two operators take 5 s and 9 s. Arithmetic is fp32
+with one rounding, at the end.
 
 Tensors that share one dense layout are read as a single row of all their elements, whatever the axes' order. Rows at a
 stride (`gate` and `up` as the two halves of one projection's output) are read where they lie. Only other layouts are

@@ -90,20 +90,33 @@ _HEADS = (
     RowConfig(2, 1024, 4),
     RowConfig(1, 2048, 4),
 )
-ROTARY: RowTable = {
-    "generic": _HEADS,
-    "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _HEADS),
-}
+# Interleaved pairs come in one wide load: 8 elements a thread are enough for 16 bytes.
+_HEADS_INTERLEAVED = tuple(RowConfig(c.block_m, c.block_n, 2 * c.num_warps) for c in _HEADS)
+
+
+def _gfx942(configs: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
+    return tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in configs)
+
+
+ROTARY: RowTable = {"generic": _HEADS, "gfx942": _gfx942(_HEADS)}
+ROTARY_INTERLEAVED: RowTable = {"generic": _HEADS_INTERLEAVED, "gfx942": _gfx942(_HEADS_INTERLEAVED)}
 # With weight gradients the assembler, left alone, stops at 128 registers and spills 8 bytes of unaligned rows' masks.
 ROTARY_SUM_REGISTERS = 255
 # Programs a multiprocessor holds in the backward of a partial rotation after the norm: up to 240 registers a thread.
 ROTARY_PARTIAL_PROGRAMS = 2
 _ROTARY_GROUP_HEADS = 4
 
-# One tile in registers, not two: twice the columns, and still two programs a multiprocessor.
+# A forward that holds one tile, not two: 16 elements a thread for wide rows, two 16-byte loads in 16 bits.
+_WHOLE_ROWS_OF_ONE_TILE = (
+    *_WHOLE_ROWS[:5],
+    RowConfig(1, 2048, 4),
+    RowConfig(1, 4096, 8),
+    RowConfig(1, 8192, 16),
+    RowConfig(1, 16384, 32),
+)
 SOFTMAX_FORWARD: RowTable = {
-    "generic": (*_WHOLE_ROWS, RowConfig(1, 16384, 32)),
-    "gfx942": (*_WHOLE_ROWS_GFX942, RowConfig(1, 16384, 16)),
+    "generic": _WHOLE_ROWS_OF_ONE_TILE,
+    "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _WHOLE_ROWS_OF_ONE_TILE),
 }
 SOFTMAX_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 

@@ -265,7 +265,7 @@ _ROTARY_SMALL: tuple[Case, ...] = (
     },
     {"rows": 6, "columns": 20, "interleaved": True, "rotary_dim": 12, "head_dim_axis": 2, "mixed": True},
     {"rows": 6, "columns": 20, "interleaved": True, "plain": True, "heads": 1, "batch": 2},
-    {"rows": 5, "columns": 16, "full_tables": True, "head_dim_axis": 2, "apart": True, "batch": 3},
+    {"rows": 5, "columns": 16, "full_tables": True, "head_dim_axis": 2, "apart": True, "batch": 3, "heads": 1},
 )
 _ROTARY_QUICK: tuple[Case, ...] = ({"rows": 128, "columns": 128, "plain": True}, {"rows": 128, "columns": 64})
 # 32k tokens: 12 heads of 64 as in the 124M class, 32 over 8 of 128 as in larger ones; and one token a sequence.

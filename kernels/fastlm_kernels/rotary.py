@@ -622,7 +622,8 @@ def _plan(sides: _Pair, everyone: _Pair, options: _Options) -> _Plan:
     block_p = _power_of_2(options.rotated // 2)
     block_rest = _power_of_2(width - options.rotated)
     architecture = _runtime.architecture(like.device)
-    config = configs.row_config(configs.ROTARY, architecture, 2 * block_p + block_rest)
+    table = configs.ROTARY_INTERLEAVED if options.interleaved else configs.ROTARY
+    config = configs.row_config(table, architecture, 2 * block_p + block_rest)
     blocks = batch * -(-time // config.block_m)
     heads, all_heads = ([0 if x is None else x.shape[options.heads_axis] for x in pair] for pair in (sides, everyone))
     programs = configs.ROTARY_PARTIAL_PROGRAMS if block_rest else configs.programs_per_multiprocessor(config)

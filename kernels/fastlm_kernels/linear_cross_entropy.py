@@ -36,7 +36,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,7 @@ def _without_autocast(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def run(x: Tensor, *rest: Any) -> Any:
-        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        if not _autocast_is_on(x):
             return launcher(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return launcher(x, *rest)
@@ -215,24 +215,71 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         _multiply(a.to(out.dtype), b.to(out.dtype), out, add)
 
 
-def _product(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, out: Tensor) -> Tensor:
-    """x W^T + b, written to out."""
-    if linear_bias is None:
-        return torch.mm(x, linear_weight.t(), out=out)
-    return torch.addmm(linear_bias, x, linear_weight.t(), out=out)
+class _Problem(NamedTuple):
+    """The tensors of a call, or of a chunk of its tokens, or the head's of a block of its classes."""
+
+    x: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+    options: Options
+
+    def of_tokens(self, start: int, stop: int) -> _Problem:
+        """Tokens [start, stop) alone."""
+        return self._replace(x=self.x[start:stop], target=self.target[start:stop])
+
+    def of_classes(self, first: int, last: int) -> _Problem:
+        """Classes [first, last) alone; `weight` stays that of all classes."""
+        bias = None if self.linear_bias is None else self.linear_bias[first:last]
+        return self._replace(linear_weight=self.linear_weight[first:last], linear_bias=bias)
+
+    def logits(self, buffer: Tensor) -> Tensor:
+        """x W^T + b, in the buffer's memory."""
+        tokens, classes = self.x.shape[0], self.linear_weight.shape[0]
+        out = buffer[: tokens * classes].view(tokens, classes)
+        if self.linear_bias is None:
+            return torch.mm(self.x, self.linear_weight.t(), out=out)
+        return torch.addmm(self.linear_bias, self.x, self.linear_weight.t(), out=out)
 
 
-def _gradient_buffers(
+class _Gradients(NamedTuple):
+    """dx, dW, db or slices of them; those that nobody needs have no elements."""
+
+    dx: Tensor
+    dw: Tensor
+    db: Tensor
+
+    def of_tokens(self, start: int, stop: int) -> _Gradients:
+        """What tokens [start, stop) write."""
+        return self._replace(dx=self.dx[start:stop])
+
+    def of_classes(self, first: int, last: int) -> _Gradients:
+        """What classes [first, last) write."""
+        return self._replace(dw=self.dw[first:last], db=self.db[first:last])
+
+    def add(self, g: Tensor, part: _Problem, dx_begun: bool, dw_begun: bool) -> None:
+        """dx (+)= G W, dW (+)= G^T x, db (+)= sum_n G_n: added where an earlier part was written."""
+        if self.dx.numel():
+            _multiply(g, part.linear_weight, self.dx, dx_begun)
+        if self.dw.numel():
+            _multiply(g.t(), part.x, self.dw, dw_begun)
+        if self.db.numel():
+            total = g.sum(0, dtype=self.db.dtype)
+            self.db.add_(total) if dw_begun else self.db.copy_(total)
+
+
+def _empty_gradients(
     x: Tensor, linear_weight: Tensor, dtypes: tuple[torch.dtype, torch.dtype], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dW, db), those not in `needs` empty; 0 where no chunk will write them."""
+) -> _Gradients:
     shapes = (x.shape, linear_weight.shape, linear_weight.shape[:1])
-    make = torch.zeros if x.shape[0] == 0 else torch.empty
-    dx, dw, db = (
-        make(shape if need else (0,), dtype=dtype, device=x.device)
-        for shape, dtype, need in zip(shapes, (*dtypes, accumulator(x.dtype)[0]), needs, strict=True)
+    dtypes3 = (*dtypes, accumulator(x.dtype)[0])
+    return _Gradients(
+        *(
+            torch.empty(shape if need else (0,), dtype=dtype, device=x.device)
+            for shape, dtype, need in zip(shapes, dtypes3, needs, strict=True)
+        )
     )
-    return dx, dw, db
 
 
 def _sum_dtypes(x: Tensor, linear_weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -245,25 +292,19 @@ def _sum_dtypes(x: Tensor, linear_weight: Tensor) -> tuple[torch.dtype, torch.dt
     return (wide if x.dtype == torch.float16 else x.dtype), wide
 
 
-def _add_gradients(
-    g: Tensor, x: Tensor, linear_weight: Tensor, grads: tuple[Tensor, Tensor, Tensor], add: tuple[bool, bool]
-) -> None:
-    """dx (+)= G W, dW (+)= G^T x, db (+)= sum_n G_n for those of (dx, dW, db) that have elements.
-
-    add  whether dx, and whether dW and db, hold a part already
-    """
-    dx, dw, db = grads
-    if dx.numel():
-        _multiply(g, linear_weight, dx, add[0])
-    if dw.numel():
-        _multiply(g.t(), x, dw, add[1])
-    if db.numel():
-        torch.add(db, g.sum(0, dtype=db.dtype), out=db) if add[1] else torch.sum(g, 0, dtype=db.dtype, out=db)
-
-
-def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of a gradient; of one that nobody needs, nothing."""
-    return tensor[start:stop] if tensor.numel() else tensor
+def _prepare(
+    problem: _Problem, needs: Sequence[bool]
+) -> tuple[_Problem, configs.LinearCrossEntropyPlan, Tensor, _Gradients]:
+    """The problem in strides that products and kernels take, its plan, the logits' buffer, gradients to be written."""
+    x, linear_weight = _matrix(problem.x), _matrix(problem.linear_weight)
+    (tokens, hidden), classes = x.shape, linear_weight.shape[0]
+    plan = configs.linear_cross_entropy_plan(tokens, hidden, classes, x.dtype, needs[1])
+    grads = _empty_gradients(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
+    if tokens == 0:
+        for grad in grads:
+            grad.zero_()
+    problem = problem._replace(x=x, linear_weight=linear_weight, target=problem.target.contiguous())
+    return problem, plan, x.new_empty(plan.buffer_elements), grads
 
 
 def _token_chunks(tokens: int, plan: configs.LinearCrossEntropyPlan) -> list[tuple[int, int]]:
@@ -271,28 +312,22 @@ def _token_chunks(tokens: int, plan: configs.LinearCrossEntropyPlan) -> list[tup
 
 
 def _gradients_by_classes(
-    head: tuple[Tensor, Tensor, Tensor | None],
-    targets: tuple[Tensor, Tensor | None, Options],
+    problem: _Problem,
     lse: Tensor,
     upstream: Tensor | None,
-    buffer: Tensor,
     plan: configs.LinearCrossEntropyPlan,
-    grads: tuple[Tensor, Tensor, Tensor],
+    buffer: Tensor,
+    grads: _Gradients,
 ) -> None:
-    """All gradients from lse, a block of classes at a time, logits computed for it first."""
-    x, linear_weight, linear_bias = head
-    target, weight, options = targets
-    tokens, classes = x.shape[0], linear_weight.shape[0]
-    dx, dw, db = grads
+    """All gradients from lse, a block of classes at a time, its logits computed first."""
+    classes = problem.linear_weight.shape[0]
     for first in range(0, classes, plan.classes):
         last = min(first + plan.classes, classes)
-        block = linear_weight[first:last]
-        bias = None if linear_bias is None else linear_bias[first:last]
-        logits = _product(x, block, bias, buffer[: tokens * (last - first)].view(tokens, last - first))
-        launch_gradient(
-            logits, target, weight, options, lse, logits, upstream=upstream, first_class=first, classes=classes
-        )
-        _add_gradients(logits, x, block, (dx, _slice(dw, first, last), _slice(db, first, last)), add=(first > 0, False))
+        block = problem.of_classes(first, last)
+        logits = block.logits(buffer)
+        inputs = (logits, problem.target, problem.weight, problem.options, lse, logits)
+        launch_gradient(*inputs, upstream=upstream, first_class=first, classes=classes)
+        grads.of_classes(first, last).add(logits, block, dx_begun=first > 0, dw_begun=False)
 
 
 @_without_autocast
@@ -310,44 +345,34 @@ def _launch_forward(
     softcap: float | None,
     needs: Sequence[bool],
     save_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(loss, z, denominator, dx, dW, db, lse): the gradients in `needs`, unscaled; lse empty if not saved."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    x, linear_weight, target = _matrix(x), _matrix(linear_weight), target.contiguous()
-    (tokens, hidden), classes = x.shape, linear_weight.shape[0]
-    plan = configs.linear_cross_entropy_plan(tokens, hidden, classes, x.dtype, needs[1])
-    rows = torch.empty(ROW_VALUES, tokens, dtype=accumulator(x.dtype)[0], device=x.device)
-    dx, dw, db = grads = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
-    buffer = x.new_empty(plan.buffer_elements)
+    problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
+    rows = torch.empty(ROW_VALUES, x.shape[0], dtype=accumulator(x.dtype)[0], device=x.device)
     in_one_pass = any(needs) and plan.mode == "tokens"
-    for start, stop in _token_chunks(tokens, plan):
-        part = x[start:stop]
-        logits = buffer[: (stop - start) * classes].view(stop - start, classes)
-        _product(part, linear_weight, linear_bias, logits)
-        chunk_rows = rows[:, start:stop]
-        launch_rows(logits, target[start:stop], weight, options, chunk_rows, logits if in_one_pass else None)
+    for start, stop in _token_chunks(x.shape[0], plan):
+        chunk = problem.of_tokens(start, stop)
+        logits = chunk.logits(buffer)
+        gradient = logits if in_one_pass else None
+        launch_rows(logits, chunk.target, weight, options, rows[:, start:stop], gradient)
         if in_one_pass:
-            _add_gradients(logits, part, linear_weight, (_slice(dx, start, stop), dw, db), add=(False, start > 0))
+            grads.of_tokens(start, stop).add(logits, chunk, dx_begun=False, dw_begun=start > 0)
     if any(needs) and not in_one_pass:
-        _gradients_by_classes(
-            (x, linear_weight, linear_bias), (target, weight, options), rows[LSE], None, buffer, plan, grads
-        )
+        _gradients_by_classes(problem, rows[LSE], None, plan, buffer, grads)
     lse = rows[LSE].clone() if save_lse else rows.new_empty(0)
     if reduction == "none":
-        return rows[0].clone(), rows[1].clone(), rows.new_empty(0), dx, dw, db, lse
-    loss, z, denominator = launch_reduce(rows, reduction, num_items)
-    return loss, z, denominator, dx, dw, db, lse
+        return rows[0].clone(), rows[1].clone(), rows.new_empty(0), *grads, lse
+    return *launch_reduce(rows, reduction, num_items), *grads, lse
 
 
-def _fake_forward(
-    x: Tensor, linear_weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     reduction, needs, save_lse = rest[4], rest[-2], rest[-1]
     rows = torch.empty(0, dtype=accumulator(x.dtype)[0], device=x.device)
-    dx, dw, db = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
+    grads = _empty_gradients(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
     shape, denominator = ((x.shape[0],), (0,)) if reduction == "none" else ((), ())
     lse = rows.new_empty((2, x.shape[0]) if save_lse else (0,))
-    return rows.new_empty(shape), rows.new_empty(shape), rows.new_empty(denominator), dx, dw, db, lse
+    return rows.new_empty(shape), rows.new_empty(shape), rows.new_empty(denominator), *grads, lse
 
 
 @_without_autocast
@@ -367,27 +392,23 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dW, db) in x's dtype, from lse and one upstream gradient for each token; those not in `needs` empty."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    x, linear_weight, target, grad = _matrix(x), _matrix(linear_weight), target.contiguous(), grad.resolve_neg()
-    (tokens, hidden), classes = x.shape, linear_weight.shape[0]
-    plan = configs.linear_cross_entropy_plan(tokens, hidden, classes, x.dtype, needs[1])
-    dx, dw, db = grads = _gradient_buffers(x, linear_weight, _sum_dtypes(x, linear_weight), needs)
-    buffer = x.new_empty(plan.buffer_elements)
+    problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
+    grad = grad.resolve_neg()
     if plan.mode == "classes":
-        head, targets = (x, linear_weight, linear_bias), (target, weight, options)
-        _gradients_by_classes(head, targets, lse, grad, buffer, plan, grads)
-    for start, stop in _token_chunks(tokens, plan) if plan.mode == "tokens" else ():
-        part, upstream = x[start:stop], grad[start:stop]
-        logits = buffer[: (stop - start) * classes].view(stop - start, classes)
-        _product(part, linear_weight, linear_bias, logits)
-        launch_gradient(logits, target[start:stop], weight, options, lse[:, start:stop], logits, upstream)
-        _add_gradients(logits, part, linear_weight, (_slice(dx, start, stop), dw, db), add=(False, start > 0))
-    return dx.to(x.dtype), dw.to(x.dtype), db.to(x.dtype)
+        _gradients_by_classes(problem, lse, grad, plan, buffer, grads)
+    for start, stop in _token_chunks(x.shape[0], plan) if plan.mode == "tokens" else ():
+        chunk = problem.of_tokens(start, stop)
+        logits = chunk.logits(buffer)
+        inputs = (logits, chunk.target, weight, options, lse[:, start:stop], logits)
+        launch_gradient(*inputs, upstream=grad[start:stop])
+        grads.of_tokens(start, stop).add(logits, chunk, dx_begun=False, dw_begun=start > 0)
+    return grads.dx.to(x.dtype), grads.dw.to(x.dtype), grads.db.to(x.dtype)
 
 
 def _fake_backward(
     grad: Tensor, lse: Tensor, x: Tensor, linear_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dw, db = _gradient_buffers(x, linear_weight, (x.dtype, x.dtype), rest[-1])
+    dx, dw, db = _empty_gradients(x, linear_weight, (x.dtype, x.dtype), rest[-1])
     return dx, dw, db.to(x.dtype)
 
 
@@ -471,11 +492,14 @@ linear_cross_entropy_scale = Operator(
 # Public function.
 
 
+def _autocast_is_on(tensor: Tensor) -> bool:
+    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
+
+
 def _compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which the reference's product would run: autocast's, where it is on and casts this tensor."""
-    kind = input.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and input.dtype in _KERNEL_DTYPES:
-        return torch.get_autocast_dtype(kind)
+    if _autocast_is_on(input) and input.dtype in _KERNEL_DTYPES:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
@@ -524,7 +548,7 @@ def _class_weight_obstacle(input: Tensor, linear_weight: Tensor, weight: Tensor)
     if weight.dtype not in _KERNEL_DTYPES:
         return f"no kernel for {weight.dtype}"
     # Under autocast the loss takes its weights in fp32, whatever they were.
-    if weight.dtype != _compute_dtype(input) and _compute_dtype(input) == input.dtype:
+    if weight.dtype != input.dtype and not _autocast_is_on(input):
         return f"dtypes {input.dtype} and {weight.dtype}"
     return "weight requires a gradient" if weight.requires_grad else None
 
@@ -573,6 +597,9 @@ def linear_cross_entropy(
 
     options: PyTorch's wish for a chunk size (`torch.nn.LinearCrossEntropyOptions`). It changes memory, never the
     result, and its combinations that PyTorch warns about and ignores are ignored: we choose the chunks ourselves.
+
+    A head sharded over ranks (a DTensor) with a plain input raises ValueError: `nn.LinearCrossEntropyLoss` holds the
+    head and is what FSDP2 shards.
     """
     check_coefficient("z_loss", z_loss)
     check_softcap(softcap)
@@ -596,7 +623,7 @@ def linear_cross_entropy(
             num_items=num_items,
         )
     dtype = _compute_dtype(input)
-    # Cast where autograd sees it; under autocast alone there is anything to cast.
+    # Cast where autograd sees it; without autocast there is nothing to cast.
     x, head = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, head, bias)]

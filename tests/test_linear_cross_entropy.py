@@ -17,6 +17,8 @@ from fastlm_kernels import configs
 from fastlm_kernels.check import DTYPES, compare, leaves_of, results, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
 
+pytestmark = pytest.mark.both_paths
+
 # The package's attribute of that name is the function.
 module = sys.modules["fastlm_kernels.linear_cross_entropy"]
 KERNEL = next(kernel for kernel in KERNELS if kernel.fused is fk.linear_cross_entropy)

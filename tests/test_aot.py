@@ -10,7 +10,8 @@ import torch
 from fastlm_kernels import _runtime, aot, configs
 from fastlm_kernels.registry import KERNELS, Kernel
 
-pytestmark = pytest.mark.needs_compiler
+# One worker compiles the quick report for all tests that read it.
+pytestmark = [pytest.mark.needs_compiler, pytest.mark.xdist_group("ahead of time")]
 
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

@@ -42,7 +42,7 @@ def names(cell: str) -> list[str]:
 
 def test_two_commands_do_all_the_set_up():
     installs = [command for command in COMMANDS if command.startswith("pip install")]
-    assert installs == ["pip install -e . && python -m fastlm.train", "pip install -e '.[test]' && pytest"]
+    assert installs == ["pip install -e . && python -m fastlm.train", "pip install -e '.[test]' && pytest -n auto --dist loadgroup"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,8 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return run, done.stdout
 
 
+# One worker runs it for all that use it.
+@pytest.mark.xdist_group("first command")
 def test_the_first_command_trains_a_model_worth_having(default_run: tuple[Path, str]):
     run, out = default_run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -92,6 +94,7 @@ def test_the_first_command_trains_a_model_worth_having(default_run: tuple[Path, 
     assert {path.name for path in newest.iterdir()} == files
 
 
+@pytest.mark.xdist_group("first command")
 @pytest.mark.parametrize("module", ["generate", "evaluate"])
 def test_its_model_can_be_used(module: str, default_run: tuple[Path, str]):
     command = next(command for command in COMMANDS if f"fastlm.{module}" in command)

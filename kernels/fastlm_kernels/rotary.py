@@ -588,9 +588,7 @@ def _in_units(strides: Sequence[int]) -> tuple[int, list[int]]:
 def _strides(tensors: _Pair, heads_axis: int) -> tuple[int, list[int]]:
     """(unit, [batch, head, position] of each tensor in units); an axis of one element has no stride to speak of."""
     axes = (0, heads_axis, 3 - heads_axis)
-    return _in_units(
-        [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in tensors for axis in axes],
-    )
+    return _in_units([0 if x is None or x.shape[axis] == 1 else x.stride(axis) for x in tensors for axis in axes])
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, list[int]]:
@@ -651,29 +649,34 @@ def _launch_rotation(
         return
     plan = _plan(sides, sides, options)
     outputs = [None if x is None else y for x, y in zip(sides, results, strict=True)]
-    unit, strides = _strides((*sides, *outputs), options.heads_axis)
-    cos, sin, table_unit, table_strides = _tables(*tables)
+    read, scalars, switches = _shared((*sides, *outputs), tables, weights, options)
     launch(
         rotary_kernel,
         (plan.blocks * sum(plan.groups),),
         (
-            *_present(sides),
-            *(cos, sin, *_weights(weights, cos)),
+            *(*_present(sides), *read),
             *_present(outputs),
-            *(plan.time, *plan.heads, *plan.groups, plan.group_heads),
-            *(*strides, *table_strides, options.eps or 0.0, options.weight_offset),
+            *(plan.time, *plan.heads, *plan.groups, plan.group_heads, *scalars),
         ),
         num_warps=plan.num_warps,
         **plan.sizes,
-        UNIT=unit,
-        TABLE_UNIT=table_unit,
-        FULL=cos.shape[-1] == options.rotated,
+        **switches,
         INVERSE=inverse,
         NORM=options.eps is not None,
-        HAS_WQ=weights[0] is not None,
-        HAS_WK=weights[1] is not None,
         ACC=accumulator(results[0].dtype)[1],
     )
+
+
+def _shared(
+    tensors: _Pair, tables: Sequence[Tensor], weights: _Pair, options: _Options
+) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
+    """(tables and weights, strides and scalars, constexprs): what both kernels take alike."""
+    cos, sin, table_unit, table_strides = _tables(*tables)
+    unit, strides = _strides(tensors, options.heads_axis)
+    scalars = [*strides, *table_strides, options.eps or 0.0, options.weight_offset]
+    switches = {"UNIT": unit, "TABLE_UNIT": table_unit, "FULL": cos.shape[-1] == options.rotated}
+    switches |= {"HAS_WQ": weights[0] is not None, "HAS_WK": weights[1] is not None}
+    return [cos, sin, *_weights(weights, cos)], scalars, switches
 
 
 def _present(pair: _Pair) -> list[Tensor]:
@@ -686,8 +689,7 @@ def _weights(weights: _Pair, other: Tensor) -> list[Tensor]:
     """Both in one dtype, as the kernels select between them."""
     present = [w for w in weights if w is not None]
     if len({w.dtype for w in present}) > 1:
-        present = [w.to(accumulator(other.dtype)[0]) for w in present]
-        weights = present
+        weights = [w.to(accumulator(other.dtype)[0]) for w in present]
     return [w.contiguous() for w in _present(weights)] if present else [other, other]
 
 
@@ -746,34 +748,25 @@ def _launch_norm_backward(
     results = [
         None if x is None else dx if need else _like(x) for x, dx, need in zip(sides, grads, needs[:2], strict=False)
     ]
-    plan = _plan(sides, inputs, options)
-    unit, strides = _strides((*upstream, *sides, *results), options.heads_axis)
-    cos, sin, table_unit, table_strides = _tables(*tables)
-    need_dw = any(needs[2:])
+    plan, need_dw = _plan(sides, inputs, options), any(needs[2:])
+    read, scalars, switches = _shared((*upstream, *sides, *results), tables, weights, options)
     # With sums to keep, as many programs as stay resident, each walking many blocks; else one a block.
-    groups = sum(plan.groups)
     walkers = plan.walkers if need_dw else plan.blocks
-    width, (acc, tl_acc) = inputs[0].shape[-1], accumulator(inputs[0].dtype)
-    partial = torch.empty((walkers * groups if need_dw else 0, width), dtype=acc, device=cos.device)
+    programs, (acc, tl_acc) = walkers * sum(plan.groups), accumulator(inputs[0].dtype)
+    partial = torch.empty((programs if need_dw else 0, plan.sizes["D"]), dtype=acc, device=inputs[0].device)
     launch(
         rotary_norm_backward_kernel,
-        (walkers * groups,),
+        (programs,),
         (
-            *(*_present(upstream), *_present(sides)),
-            *(cos, sin, *_weights(weights, cos)),
+            *(*_present(upstream), *_present(sides), *read),
             *(*_present(results), partial),
             *(plan.time, plan.blocks, -(-plan.blocks // walkers)),
-            *(*plan.heads, *plan.groups, plan.group_heads),
-            *(*strides, *table_strides, options.eps, options.weight_offset),
+            *(*plan.heads, *plan.groups, plan.group_heads, *scalars),
         ),
         num_warps=plan.num_warps,
         max_registers=configs.ROTARY_SUM_REGISTERS if need_dw else None,
         **plan.sizes,
-        UNIT=unit,
-        TABLE_UNIT=table_unit,
-        FULL=cos.shape[-1] == options.rotated,
-        HAS_WQ=weights[0] is not None,
-        HAS_WK=weights[1] is not None,
+        **switches,
         HAS_DW=need_dw,
         ACC=tl_acc,
     )
@@ -904,7 +897,8 @@ def rotary_embedding(
     heads_axis, rotated = _check_shapes(q, k, cos, sin, head_dim_axis, rotary_dim)
     obstacle = _obstacle(q, k, cos, sin, q_weight, k_weight)
     if _runtime.choose(q, k, cos, sin, q_weight, k_weight, obstacle=obstacle):
-        options = _Options(heads_axis, rotated, interleaved, qk_norm_eps, float(weight_offset))
+        eps = None if qk_norm_eps is None else float(qk_norm_eps)
+        options = _Options(heads_axis, rotated, interleaved, eps, float(weight_offset))
         q, k = rotary_forward(q, k, cos, sin, q_weight, k_weight, *options)
         return q, k
     return rotary_embedding_reference(

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import DEVICE, LAYOUTS, offset, padded, strided, transposed
 from torch import Tensor
 
 import fastlm_kernels as fk
+from fastlm_kernels import configs
+from fastlm_kernels.check import DTYPES, compare, upstream_gradients
+
+# The function hides its module: both are called cross_entropy.
+kernels: Any = sys.modules["fastlm_kernels.cross_entropy"]
+LONG = configs.RowConfig(4, 16, 4)
+
+
+@pytest.fixture(params=["preferred", pytest.param("kernels", marks=pytest.mark.needs_kernels)])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that the calls take by themselves, and in the interpreter the kernels, in float64 too."""
+    if request.param == "kernels":
+        monkeypatch.setattr(kernels, "_KERNEL_DTYPES", (*DTYPES, torch.float64))
+
+
+both_paths = pytest.mark.usefixtures("path")
+needs_kernels = pytest.mark.needs_kernels
+
+
+@pytest.fixture
+def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 columns and steps of 16 rows: short rows are walked as long ones, few are summed as many."""
+    monkeypatch.setattr(configs, "CROSS_ENTROPY", {"generic": ()})
+    for name in ("CROSS_ENTROPY_LONG", "CROSS_ENTROPY_LONG_GRADIENT", "CROSS_ENTROPY_REDUCE"):
+        monkeypatch.setattr(configs, name, LONG)
+
 
 pytestmark = pytest.mark.both_paths
 
@@ -66,6 +95,7 @@ CASES = [
 ]
 
 
+@both_paths
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("reduction", "z_loss", "softcap", "num_items", "smoothing"), CASES)
 def test_options_equal_the_formula(
@@ -96,6 +126,7 @@ def test_options_equal_the_formula(
     torch.testing.assert_close(grad, expected_grad)
 
 
+@both_paths
 def test_options_pass_gradcheck() -> None:
     logits, target, weight = _inputs(1, rows=6, classes=5)
 
@@ -103,9 +134,11 @@ def test_options_pass_gradcheck() -> None:
         return fk.cross_entropy(x, target, weight, z_loss=0.1, softcap=2.0, num_items=torch.tensor(7))
 
     assert torch.autograd.gradcheck(loss, logits.requires_grad_())
-    assert torch.autograd.gradgradcheck(loss, logits)
+    with fk.backend("torch"):
+        assert torch.autograd.gradgradcheck(loss, logits)
 
 
+@both_paths
 def test_options_with_images_and_probabilities() -> None:
     torch.manual_seed(3)
     image = torch.randn(2, 5, 3, 4, dtype=torch.float64)
@@ -120,6 +153,7 @@ def test_options_with_images_and_probabilities() -> None:
     torch.testing.assert_close(fk.cross_entropy(x, probabilities, z_loss=0.2), expected)
 
 
+@both_paths
 def test_num_items_makes_micro_batches_add_up() -> None:
     logits, target, _ = _inputs(4, rows=12)
     whole = fk.cross_entropy(logits, target, z_loss=0.1)
@@ -131,6 +165,7 @@ def test_num_items_makes_micro_batches_add_up() -> None:
         torch.testing.assert_close(sum(parts), whole)
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_difference_a_losses_are_fp32(dtype: torch.dtype) -> None:
     logits, target, weight = _inputs(5, dtype=dtype)
@@ -144,6 +179,7 @@ def test_difference_a_losses_are_fp32(dtype: torch.dtype) -> None:
     assert grad.dtype == dtype
 
 
+@both_paths
 def test_difference_a_keeps_a_confident_tokens_gradient() -> None:
     """p - 1 formed in fp32: in half precision p rounds to 1 and the gradient to 0."""
     x = torch.tensor([[10.0, 0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
@@ -152,6 +188,7 @@ def test_difference_a_keeps_a_confident_tokens_gradient() -> None:
     torch.testing.assert_close(grad[0, 0].float(), exact, rtol=1e-2, atol=0.0)
 
 
+@both_paths
 @pytest.mark.parametrize(
     "options", [{}, {"z_loss": 0.1, "softcap": 5.0}, {"label_smoothing": 0.1}], ids=["plain", "ours", "smooth"]
 )
@@ -172,6 +209,7 @@ def test_difference_b_nothing_counted(options: dict[str, Any], rows: int, weight
         assert torch.equal(grad, torch.zeros_like(x))
 
 
+@both_paths
 def test_target_outside_the_classes_is_an_index_error_with_our_options_too() -> None:
     x = torch.randn(2, 5)
     for bad in (5, -1, 2**40):
@@ -179,6 +217,7 @@ def test_target_outside_the_classes_is_an_index_error_with_our_options_too() -> 
             fk.cross_entropy(x, torch.tensor([0, bad]), z_loss=0.1, softcap=3.0, num_items=2)
 
 
+@both_paths
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -202,6 +241,7 @@ def test_bad_options_are_value_errors_with_the_value(options: dict[str, Any], wo
     assert words in str(error.value)
 
 
+@both_paths
 def test_inplace_backward_allows_one_backward() -> None:
     logits, target, _ = _inputs(6)
     x = logits.clone().requires_grad_()
@@ -214,6 +254,7 @@ def test_inplace_backward_allows_one_backward() -> None:
         torch.autograd.grad(loss, x)
 
 
+@both_paths
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "softcap": 5.0, "num_items": 4}], ids=["plain", "ours"])
 def test_two_backwards_agree_and_nothing_is_modified(options: dict[str, Any]) -> None:
     logits, target, weight = _inputs(7)
@@ -229,6 +270,7 @@ def test_two_backwards_agree_and_nothing_is_modified(options: dict[str, Any]) ->
     assert torch.equal(weight, _inputs(7)[2])
 
 
+@both_paths
 def test_legacy_reductions_warn_as_pytorch_does() -> None:
     x, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
     with pytest.warns(UserWarning, match="reduction='sum'"):
@@ -236,6 +278,7 @@ def test_legacy_reductions_warn_as_pytorch_does() -> None:
     torch.testing.assert_close(ours, F.cross_entropy(x, target, reduction="sum"))
 
 
+@both_paths
 def test_transforms_work_on_the_pytorch_path() -> None:
     x, target = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, -100])
 
@@ -245,3 +288,350 @@ def test_transforms_work_on_the_pytorch_path() -> None:
     per_row = torch.func.vmap(torch.func.grad(loss))(x, target)
     together = torch.func.grad(loss)(x, target)
     torch.testing.assert_close(per_row, together)
+
+
+# The kernels alone.
+
+OPTIONS = [
+    {"weight": weight, "label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap}
+    for weight, smoothing, z_loss, softcap in itertools.product((False, True), (0.0, 0.1), (0.0, 0.3), (None, 2.5))
+]
+EVERYTHING = OPTIONS[-1]
+
+
+def _call(dtype: torch.dtype, rows: int = 6, classes: int = 13, weight: bool = False, **options: Any) -> dict[str, Any]:
+    """Arguments of a call that the kernels cover, on the device that they run on."""
+    logits, target, weights = (t.to(DEVICE) for t in _inputs(8, rows, classes, dtype))
+    call = {"input": logits.requires_grad_(), "target": target, "weight": weights if weight else None, **options}
+    assert fk.explain(fk.cross_entropy, **call).path == "triton"
+    return call
+
+
+def _assert_accurate(call: dict[str, Any]) -> None:
+    upstream = upstream_gradients(kernels.cross_entropy_reference, call, 9)
+    errors = compare(fk.cross_entropy, kernels.cross_entropy_reference, call, upstream)
+    assert all(error.ok for error in errors), [*map(str, errors), call]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_all_options_together_are_accurate(dtype: torch.dtype, reduction: str) -> None:
+    for options in OPTIONS:
+        _assert_accurate(_call(dtype, **options, reduction=reduction))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("long_rows")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [23, 48])
+def test_long_rows_with_all_options_are_accurate(dtype: torch.dtype, classes: int) -> None:
+    for options in ({}, EVERYTHING):
+        _assert_accurate(_call(dtype, 9, classes, **options))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("reduction", "tiles"),
+    [("none", "whole"), ("sum", "whole"), ("mean", "whole"), ("items", "whole"), ("mean", "long")],
+)
+def test_gradients_by_finite_differences(
+    reduction: str, tiles: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if tiles == "long":
+        request.getfixturevalue("long_rows")
+    monkeypatch.setattr(kernels, "_KERNEL_DTYPES", (torch.float64,))
+    ours = {"num_items": torch.tensor(7, device=DEVICE)} if reduction == "items" else {"reduction": reduction}
+    call = _call(torch.float64, 6, 19 if tiles == "long" else 5, **EVERYTHING, **ours)
+    logits = call.pop("input")
+    assert torch.autograd.gradcheck(lambda x: fk.cross_entropy(x, **call), logits)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_items", [0, 3, torch.tensor(3), torch.tensor(0), torch.tensor(2.5), torch.tensor(0.5)])
+def test_num_items_of_every_kind(num_items: Any) -> None:
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(DEVICE)
+    for reduction in ("mean", "sum"):
+        call = _call(torch.float32, **EVERYTHING, num_items=num_items, reduction=reduction, return_z_loss=True)
+        for ours, theirs in zip(fk.cross_entropy(**call), kernels.cross_entropy_reference(**call), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_z_part_is_detached_and_the_references(reduction: str, z_loss: float) -> None:
+    call = _call(torch.bfloat16, softcap=4.0, z_loss=z_loss, reduction=reduction, return_z_loss=True)
+    (loss, z), (loss_ref, z_ref) = fk.cross_entropy(**call), kernels.cross_entropy_reference(**call)
+    torch.testing.assert_close((loss, z), (loss_ref, z_ref))
+    assert loss.requires_grad
+    assert not z.requires_grad
+
+
+@needs_kernels
+@pytest.mark.parametrize("tiles", ["whole", "long"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_confident_targets_keep_their_digits(dtype: torch.dtype, tiles: str, request: pytest.FixtureRequest) -> None:
+    """p - 1 of 1e-2 to 1e-12, where p itself is 1 in fp32; the loss too: better than PyTorch's 6e-8."""
+    if tiles == "long":
+        request.getfixturevalue("long_rows")
+    gaps = torch.arange(4.0, 28.0, 2.0)
+    logits = torch.zeros(len(gaps), 24).index_put_((torch.arange(len(gaps)), torch.arange(len(gaps))), gaps)
+    x = logits.to(DEVICE, dtype).requires_grad_()
+    target = torch.arange(len(gaps), device=DEVICE)
+    loss = fk.cross_entropy(x, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    others = 23 * torch.exp(-gaps.double())
+    torch.testing.assert_close(loss.detach().double().cpu(), torch.log1p(others), rtol=4e-6, atol=0)
+    exact = -others / (1 + others)
+    kept = exact.abs() > torch.finfo(dtype).tiny  # fp16 ends at 6e-5
+    found = grad.diagonal()[: len(gaps)].double().cpu()
+    torch.testing.assert_close(found[kept], exact[kept], rtol=max(4e-6, 1.01 * torch.finfo(dtype).eps), atol=0)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
+@pytest.mark.parametrize("tiles", ["whole", "long"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"z_loss": 0.1}], ids=str)
+def test_infinite_and_nan_logits_give_pytorchs_answer(
+    options: dict[str, Any], tiles: str, request: pytest.FixtureRequest
+) -> None:
+    """Those of ignored rows too: NaN in their gradient, where PyTorch's is."""
+    if tiles == "long":
+        request.getfixturevalue("long_rows")
+    x = torch.randn(12, 21, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(12)
+    infinity = torch.inf
+    x[0, 3], x[1, :], x[2, 4], x[3, 3], x[4, :20], x[5, 5] = (
+        -infinity,
+        -infinity,
+        infinity,
+        torch.nan,
+        -infinity,
+        -infinity,
+    )
+    x[6, 8], x[7, 8], x[8, :], x[9, 2], x[10, :8] = torch.nan, infinity, -infinity, -infinity, -infinity
+    target[6:10] = -100
+    found = []
+    for fn in (fk.cross_entropy, kernels.cross_entropy_reference):
+        leaf = x.to(DEVICE, copy=True).requires_grad_()
+        loss = fn(leaf, target.to(DEVICE), reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss, leaf, torch.linspace(1, 2, 12, device=DEVICE))
+        found.append((loss, grad))
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@needs_kernels
+def test_shapes_of_pytorch() -> None:
+    """(C,), (N, C, d1), (N, C, d1, d2), classes last in memory, uint8; targets of any stride."""
+    generator = torch.Generator().manual_seed(1)
+
+    def same(x: Tensor, target: Tensor, **options: Any) -> None:
+        found = []
+        for fn in (fk.cross_entropy, kernels.cross_entropy_reference):
+            leaf = x.to(DEVICE).detach().requires_grad_()
+            call = {"input": leaf, "target": target.to(DEVICE), "z_loss": 0.1, **options}
+            assert fk.explain(fk.cross_entropy, **call).path == "triton"
+            loss = fn(**call)
+            found.append((loss, *torch.autograd.grad(loss, leaf, torch.ones_like(loss))))
+        torch.testing.assert_close(*found, equal_nan=True)
+
+    for reduction in ("none", "mean"):
+        same(torch.randn(5, generator=generator), torch.tensor(2), reduction=reduction)
+        same(torch.randn(5, generator=generator), torch.tensor(-100), reduction=reduction, num_items=None)
+        for shape in ((3, 5, 4), (2, 5, 3, 4), (2, 5, 3, 2, 2), (1, 5, 3, 4), (2, 5, 0, 3)):
+            target = torch.randint(5, (shape[0], *shape[2:]), generator=generator)
+            same(torch.randn(shape, generator=generator), target, reduction=reduction)
+        last = torch.randn(2, 3, 4, 5, generator=generator).movedim(-1, 1)
+        same(last, torch.randint(5, (2, 3, 4), generator=generator), reduction=reduction)
+        target = torch.randint(5, (6,), generator=generator)
+        x = torch.randn(6, 5, generator=generator)
+        same(x, target.to(torch.uint8), reduction=reduction)
+        for layout in LAYOUTS:
+            same(x, layout(target), reduction=reduction)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [13, -1, 2**40])
+def test_target_outside_the_classes(bad: int) -> None:
+    """PyTorch's IndexError on a CPU, from the kernels' launcher; NaN on a GPU, and no read outside."""
+    call = _call(torch.float32, reduction="none", weight=True)
+    call["target"][0] = bad
+    if DEVICE == "cpu":
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            fk.cross_entropy(**call)
+        return
+    loss = fk.cross_entropy(**call)
+    (grad,) = torch.autograd.grad(loss.sum(), call["input"])
+    assert loss.isnan().tolist() == [True] + [False] * 5
+    assert grad[0].isnan().all()
+    assert not grad[1:].isnan().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [13, -1, 2**40])
+def test_bad_target_is_nan_without_the_cpus_check(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels do by themselves, in the row of the target alone."""
+    monkeypatch.setattr(kernels, "_check_targets", lambda *_: None)
+    for options in ({}, EVERYTHING):
+        call = _call(torch.float32, reduction="none", **options)
+        call["target"][0] = bad
+        loss = fk.cross_entropy(**call)
+        (grad,) = torch.autograd.grad(loss.sum(), call["input"])
+        assert loss.isnan().tolist() == [True] + [False] * 5
+        assert grad.isnan().all(1).tolist() == [True] + [False] * 5
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [None, padded, offset], ids=str)
+def test_inplace_backward_takes_the_logits_memory(layout: Any) -> None:
+    """No second tensor of their size; rows with a gap between them count as dense."""
+    call = _call(torch.float32, softcap=4.0)
+    leaf = call["input"]
+    x = leaf.clone() if layout is None else layout(leaf)
+    x = x.detach().requires_grad_()
+    version = x._version
+    loss = fk.cross_entropy(**{**call, "input": x}, inplace_backward=True)
+    (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert grad.data_ptr() == x.data_ptr()
+    assert x._version > version
+    (expected,) = torch.autograd.grad(fk.cross_entropy(**call), leaf)
+    assert torch.equal(grad, expected)
+    with pytest.raises(RuntimeError, match="second backward"):
+        torch.autograd.grad(loss, x)
+
+
+@needs_kernels
+def test_inplace_backward_is_noticed_by_others_who_saved_the_logits() -> None:
+    call = _call(torch.float32)
+    x = call.pop("input") * 2.0
+    other = x.square().sum()
+    fk.cross_entropy(x, **call, inplace_backward=True).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [transposed, strided, "expanded"], ids=str)
+def test_inplace_backward_leaves_other_layouts_alone(layout: Any) -> None:
+    """Rows that share memory, or elements apart: the permission is not used."""
+    call = _call(torch.float32)
+    x = call["input"].detach()
+    x = (x[:1].expand(6, 13) if layout == "expanded" else layout(x)).requires_grad_()
+    before = x.detach().clone()
+    (grad,) = torch.autograd.grad(fk.cross_entropy(**{**call, "input": x}, inplace_backward=True), x)
+    (expected,) = torch.autograd.grad(fk.cross_entropy(**{**call, "input": x}), x)
+    assert torch.equal(x, before)
+    assert torch.equal(grad, expected)
+
+
+@needs_kernels
+def test_compiled_inplace_backward_and_counts() -> None:
+    """Compiled code keeps the logits; a new count of items every call compiles no new graph."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    call = _call(torch.float32, **EVERYTHING)
+    before = call["input"].detach().clone()
+    compiled = torch.compile(
+        lambda items, **kwargs: fk.cross_entropy(**kwargs, num_items=items, inplace_backward=True),
+        fullgraph=True,
+        backend=backend,
+    )
+    for items in (3, 4, 5, 9):
+        loss = compiled(items, **call)
+        (grad,) = torch.autograd.grad(loss, call["input"])
+        expected = fk.cross_entropy(**call, num_items=items)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad, torch.autograd.grad(expected, call["input"])[0])
+    assert torch.equal(call["input"], before)
+    assert len(graphs) <= 2
+
+
+@needs_kernels
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_operators_with_all_options_pass_opcheck(reduction: str) -> None:
+    call = _call(torch.float32, **EVERYTHING)
+    numbers = (-100, 0.1, 0.3, 2.5, False)
+    items = None if reduction == "none" else torch.tensor(3, device=DEVICE)
+    inputs = (call["input"], call["target"], call["weight"], items, reduction, *numbers)
+    assert set(torch.library.opcheck(kernels.cross_entropy_forward.op, inputs).values()) == {"SUCCESS"}
+
+
+@needs_kernels
+def test_a_row_of_two_to_the_18_classes() -> None:
+    """bf16, walked in blocks; the target last but one."""
+    x = (3 * torch.randn(1, 2**18, generator=torch.Generator().manual_seed(2))).to(DEVICE, torch.bfloat16)
+    target = torch.tensor([2**18 - 2], device=DEVICE)
+    leaf = x.requires_grad_()
+    loss = fk.cross_entropy(leaf, target)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    wide = x.detach().double().requires_grad_()
+    truth = F.cross_entropy(wide, target)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(truth, wide)[0], rtol=2**-7, atol=1e-12)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("long_rows")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_rows_are_summed_in_two_passes(reduction: str) -> None:
+    """The last program of the first pass has fewer rows than the others."""
+    call = _call(torch.float32, rows=77, z_loss=0.1, weight=True, reduction=reduction, return_z_loss=True)
+    torch.testing.assert_close(fk.cross_entropy(**call), kernels.cross_entropy_reference(**call))
+
+
+# What linear_cross_entropy builds on.
+
+
+@needs_kernels
+@pytest.mark.parametrize("tiles", ["whole", "long"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.3, "softcap": 2.5}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("upstream", ["none", "one", "rows"])
+def test_chunks_and_blocks_of_classes(
+    upstream: str, weighted: bool, options: dict[str, Any], tiles: str, request: pytest.FixtureRequest
+) -> None:
+    """Two chunks of rows, their gradients in the logits' place; then the same by blocks of classes from lse."""
+    if tiles == "long":
+        request.getfixturevalue("long_rows")
+    call = _call(torch.float32, 9, 21, weight=weighted, **options, reduction="none")
+    leaf, target, weight = call["input"], call["target"], call["weight"]
+    factor = {"none": None, "one": torch.tensor(1.5), "rows": torch.linspace(-1, 2, 18)[::2]}[upstream]
+    factor = None if factor is None else factor.to(DEVICE)
+    expected = kernels.cross_entropy_reference(**call)
+    (wanted,) = torch.autograd.grad(expected, leaf, torch.ones(9, device=DEVICE) * (1.0 if factor is None else factor))
+
+    choices, buffer, x = (
+        kernels.Options(**options),
+        torch.full((kernels.ROW_VALUES, 9), torch.nan),
+        leaf.detach().clone(),
+    )
+    buffer = buffer.to(DEVICE)
+    for first, last in ((0, 4), (4, 9)):
+        part = factor[first:last] if upstream == "rows" and factor is not None else factor
+        rows = slice(first, last)
+        kernels.launch_rows(x[rows], target[rows], weight, choices, buffer[:, rows], x[rows], part)
+    torch.testing.assert_close(buffer[0], expected.detach())
+    torch.testing.assert_close(x, wanted)
+
+    for first in range(0, 21, 8):
+        block = leaf.detach()[:, first : first + 8].clone()
+        kernels.launch_gradient(
+            *(block, target, weight, choices, buffer[kernels.LSE], block, factor),
+            denominator=torch.tensor(1.0, device=DEVICE),
+            first_class=first,
+            classes=21,
+        )
+        torch.testing.assert_close(block, wanted[:, first : first + 8])
+    for reduction in ("mean", "sum"):
+        loss, z, _ = kernels.launch_reduce(buffer, reduction, None)
+        truth = kernels.cross_entropy_reference(**{**call, "reduction": reduction}, return_z_loss=True)
+        torch.testing.assert_close((loss, z), tuple(part.detach() for part in truth))

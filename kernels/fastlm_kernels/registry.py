@@ -477,6 +477,7 @@ _CROSS_ENTROPY_LARGE: tuple[Case, ...] = (
 _CROSS_ENTROPY_COMPILED: tuple[Case, ...] = (
     *({"rows": 4096, "columns": config.block_n} for config in configs.CROSS_ENTROPY["generic"]),
     {"rows": 65536, "columns": 50304},
+    {"rows": 4096, "columns": 50257},
     *({"rows": 4096, "columns": columns, **options} for columns in (1024, 50304) for options in _CROSS_ENTROPY_OPTIONS),
 )
 

@@ -40,7 +40,7 @@ def columns(length: int | str, monkeypatch: pytest.MonkeyPatch) -> int:
         return length
     for table in ("SOFTMAX_FORWARD", "SOFTMAX_BACKWARD"):
         monkeypatch.setattr(configs, table, {"generic": ()})
-    monkeypatch.setattr(configs, "LONG_ROW", configs.RowConfig(2, 4, 4))
+    monkeypatch.setattr(configs, "LONG_ROW", {"generic": (configs.RowConfig(2, 4, 4),)})
     return 23
 
 

@@ -254,6 +254,8 @@ def source_hash() -> str:
         # The text, not a dump of its syntax tree: what a dump looks like changes with the version of Python.
         lines = code_lines(inspect.getsource(importlib.import_module(name)))
         digest.update("\n".join(lines).encode())
+    if configs.TUNED.exists():
+        digest.update(configs.TUNED.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,12 +1,18 @@
 """Launch configurations: tables by (architecture, shape bucket), looked up by functions anyone can call.
 
-An architecture without a table of its own uses "generic", which fits every supported one.
+An architecture without a table of its own uses "generic", which fits every supported one. The tables below were made
+by counting bytes and registers; `tuned.json` beside this file, if there is one, holds those that `tune` measured on a
+GPU, and takes their places. `python -m fastlm_kernels.tune --show sm_90` prints what an architecture uses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +41,7 @@ class ElementwiseConfig:
 
 
 RowTable = dict[str, tuple[RowConfig, ...]]
+TUNED = Path(__file__).with_name("tuned.json")
 
 # Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
 # 8 elements a thread are one 16-byte load in 16 bits and two in 32; 16 a thread spill in several binaries.
@@ -122,17 +129,17 @@ SOFTMAX_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX9
 
 # Elementwise functions: 32 bytes of each tensor a thread, two 16-byte loads. Tiles do not depend on how many elements
 # there are: a binary for each size would be compiled in the middle of training.
-ELEMENTWISE: dict[str, ElementwiseConfig] = {
-    "generic": ElementwiseConfig(tile_bytes=4096, num_warps=4),
-    "gfx942": ElementwiseConfig(tile_bytes=4096, num_warps=2),
+ELEMENTWISE: dict[str, tuple[ElementwiseConfig]] = {
+    "generic": (ElementwiseConfig(tile_bytes=4096, num_warps=4),),
+    "gfx942": (ElementwiseConfig(tile_bytes=4096, num_warps=2),),
 }
 # Columns of a tile of rows, where their number has no larger power of two as a factor.
 _NARROWEST_TILE = 64
 
 # Rows longer than any table's are walked in blocks of this many columns.
-LONG_ROW = RowConfig(1, 4096, 16)
+LONG_ROW: RowTable = {"generic": (RowConfig(1, 4096, 16),)}
 # Weight gradients of such rows: a strip of columns, summed over a group of rows.
-NORM_WEIGHT_GRADIENT = RowConfig(8, 128, 4)
+NORM_WEIGHT_GRADIENT: RowTable = {"generic": (RowConfig(8, 128, 4),)}
 # Sum of the partial weight gradients over the programs that made them.
 SUM_PARTIALS = RowConfig(16, 64, 4)
 
@@ -150,22 +157,27 @@ CROSS_ENTROPY: RowTable = {
         RowConfig(1, 4096, 8),
     )
 }
-CROSS_ENTROPY_LONG = RowConfig(1, 4096, 8)
+CROSS_ENTROPY_LONG: RowTable = {"generic": (RowConfig(1, 4096, 8),)}
 # A second walk over the row should find it in the L2 cache: few rows at a time.
-CROSS_ENTROPY_LONG_GRADIENT = RowConfig(1, 8192, 16)
+CROSS_ENTROPY_LONG_GRADIENT: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
 # With the soft-cap: else the assembler stops at 64 and spills 8 bytes.
 CROSS_ENTROPY_REGISTERS = 160
 # Sum of the rows' losses: block_n rows a step.
 CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 32)
 
 
-def row_config(table: RowTable, architecture: str, columns: int, longer: RowConfig | None = None) -> RowConfig:
+def row_config(table: RowTable, architecture: str, columns: int, longer: RowTable | None = None) -> RowConfig:
     """The configuration for rows of `columns` elements on `architecture` ("sm_90", "gfx942", "generic").
 
     longer  for rows longer than any of the table's; None is LONG_ROW
     """
     rows = table.get(architecture, table["generic"])
-    return next((config for config in rows if config.block_n >= columns), longer or LONG_ROW)
+    return next((c for c in rows if c.block_n >= columns), None) or only_config(longer or LONG_ROW, architecture)
+
+
+def only_config(table: RowTable, architecture: str) -> RowConfig:
+    """The configuration of a table whose only bucket holds every shape."""
+    return table.get(architecture, table["generic"])[0]
 
 
 def programs_per_multiprocessor(config: RowConfig) -> int:
@@ -184,7 +196,7 @@ def rotary_group_heads(tiles: int, resident: int) -> int:
 
 def elementwise_config(architecture: str, itemsize: int, rows: int, columns: int) -> RowConfig:
     """The tile for `rows` rows of `columns` elements of `itemsize` bytes; dense tensors are one row of everything."""
-    config = ELEMENTWISE.get(architecture, ELEMENTWISE["generic"])
+    (config,) = ELEMENTWISE.get(architecture, ELEMENTWISE["generic"])
     elements = config.tile_bytes // itemsize
     # In rows as many columns as divide them, so that no tile is partly empty and every load is wide.
     width = columns & -columns
@@ -266,3 +278,60 @@ def _even_part(size: int, most: int) -> int:
 # Gradients scaled after the fact: 16 elements a thread, two 16-byte loads of 16 bits or four of 32.
 LINEAR_SCALE_BLOCK = 2048
 LINEAR_SCALE_WARPS = 4
+
+
+# Tables by name, for `tune`.
+
+
+def rows_of(name: str, architecture: str) -> tuple[Any, ...]:
+    """The configurations, a bucket each, that `architecture` uses of the table called `name`."""
+    table = globals()[name]
+    return table.get(architecture, table["generic"])
+
+
+@contextlib.contextmanager
+def trying(name: str, architecture: str, rows: tuple[Any, ...]) -> Iterator[None]:
+    """With these configurations in the place of the table's own."""
+    table = globals()[name]
+    before = table.get(architecture)
+    table[architecture] = rows
+    try:
+        yield
+    finally:
+        del table[architecture]
+        if before is not None:
+            table[architecture] = before
+
+
+def save(name: str, architecture: str, rows: tuple[Any, ...], measured_on: str) -> None:
+    """Put measured configurations into the table and into `tuned.json`, with the machine they were measured on."""
+    tuned = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    entry = tuned.setdefault(architecture, {})
+    entry["measured_on"] = measured_on
+    entry.setdefault("tables", {})[name] = [asdict(row) for row in rows]
+    TUNED.write_text(json.dumps(tuned, indent=1) + "\n")
+    globals()[name][architecture] = rows
+
+
+def read_tuned(path: Path) -> None:
+    """Take the tables that a tuning run wrote; ones that are gone meanwhile are left out."""
+    for architecture, entry in json.loads(path.read_text()).items():
+        for name, rows in entry["tables"].items():
+            table = globals().get(name)
+            if table is not None:
+                kind = type(table["generic"][0])
+                table[architecture] = tuple(kind(**row) for row in rows)
+
+
+def describe(architecture: str) -> str:
+    """Every table as `architecture` uses it, one bucket a line."""
+    lines = []
+    for name, table in globals().items():
+        if isinstance(table, dict) and "generic" in table:
+            lines.append(f"{name}{'' if architecture in table else ' (generic)'}")
+            lines += [f"    {row}" for row in rows_of(name, architecture)]
+    return "\n".join(lines) + "\n"
+
+
+if TUNED.exists():
+    read_tuned(TUNED)

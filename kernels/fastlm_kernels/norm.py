@@ -570,7 +570,7 @@ def _launch_long_weight_gradient(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Partial dw and db of rows that do not fit a program's registers, (row groups, columns) each."""
-    config = configs.NORM_WEIGHT_GRADIENT
+    config = configs.only_config(configs.NORM_WEIGHT_GRADIENT, _runtime.architecture(x2.device))
     tiles, strips = -(-rows // config.block_m), -(-columns // config.block_n)
     resident = _runtime.multiprocessors(x2.device) * configs.programs_per_multiprocessor(config)
     groups = min(tiles, max(1, -(-resident // strips)))

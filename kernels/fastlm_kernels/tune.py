@@ -1,0 +1,187 @@
+"""Find the fastest configurations on this machine's GPU and write them into the tables.
+
+    python -m fastlm_kernels.tune                    every table, bucket by bucket: minutes to an hour
+    python -m fastlm_kernels.tune --table NORM_BACKWARD --table SOFTMAX_FORWARD
+    python -m fastlm_kernels.tune --show sm_90       print the tables that an architecture uses; needs no GPU
+
+For each bucket of a table: the tiles around the present one that compile without a spill and pass the accuracy rule are
+timed on tensors far larger than any cache, by CUDA-graph replay, and the fastest takes the place if it is at least 3 %
+faster. Every answer is written to `tuned.json` beside this file as it comes, so that a run may be stopped at any time;
+`configs` reads that file when it is imported. Commit it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import _runtime, aot, configs
+from .check import check_kernel, leaves_of, outputs_of, upstream_gradients
+from .configs import RowConfig
+from .registry import KERNELS, Case, Kernel
+
+_LEAST_GAIN = 0.03
+_TENSOR_BYTES = 256 << 20  # five times an H200's cache
+_CHECKED_ROWS = 64
+_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A table of `configs`, and the call whose time decides about it.
+
+    backward  whether the backward alone is timed, or the forward
+    case      options of that call; rows and columns follow from the bucket
+    columns   the row length of the last bucket, for tables that have none for such rows
+    """
+
+    table: str
+    kernel: str
+    backward: bool
+    case: Case = field(default_factory=dict)
+    columns: int | None = None
+
+
+SUBJECTS = (
+    Subject("NORM_FORWARD", "rms_norm", False),
+    Subject("NORM_BACKWARD", "rms_norm", True),
+    Subject("NORM_BACKWARD_BIAS", "layer_norm", True),
+    Subject("NORM_BACKWARD_BIAS_MIXED", "layer_norm", True, {"mixed": True}),
+    Subject("LONG_ROW", "rms_norm", False, columns=32768),
+    Subject("NORM_WEIGHT_GRADIENT", "rms_norm", True, columns=32768),
+    Subject("SOFTMAX_FORWARD", "softmax", False),
+    Subject("SOFTMAX_BACKWARD", "softmax", True),
+    Subject("CROSS_ENTROPY", "cross_entropy", False),
+    Subject("CROSS_ENTROPY_LONG", "cross_entropy", False, columns=50304),
+    Subject("CROSS_ENTROPY_LONG_GRADIENT", "linear_cross_entropy", False, {"classes": 50304}, columns=768),
+    Subject("ROTARY", "rotary_embedding", False, {"batch": 8, "heads": 12, "kv_heads": 12}),
+    Subject("ROTARY_INTERLEAVED", "rotary_embedding", False, {"batch": 8, "heads": 12, "interleaved": True}),
+    Subject("ELEMENTWISE", "silu", False, columns=4096),
+)
+
+
+def kernel_named(name: str) -> Kernel:
+    """The registry's kernel of that name."""
+    return next(kernel for kernel in KERNELS if kernel.name == name)
+
+
+def candidates(config: Any, loops: bool) -> Iterator[Any]:
+    """The tiles around `config`: half and twice the size, the warps and, where the kernel `loops`, other depths."""
+    rows = isinstance(config, RowConfig)
+    size = "block_m" if rows else "tile_bytes"
+    for factor, warps in itertools.product((0.5, 1, 2), repeat=2):
+        changes = {size: int(getattr(config, size) * factor), "num_warps": int(config.num_warps * warps)}
+        if changes[size] >= 1 and 1 <= changes["num_warps"] <= 32:
+            for stages in (1, 2, 3, 4) if rows and loops else (None,):
+                yield replace(config, **changes, **({} if stages is None else {"num_stages": stages}))
+
+
+def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
+    """The call that lands in the bucket of `config`, with tensors of about `_TENSOR_BYTES`."""
+    columns = subject.columns or config.block_n
+    one = {**subject.case, "rows": 1, "columns": columns}
+    rows = max(_CHECKED_ROWS, _TENSOR_BYTES // max(1, kernel.traffic(one, _DTYPE, False) // 2))
+    return {**one, "rows": rows}
+
+
+def spills(subject: Subject, case: Case, architecture: str) -> bool:
+    """Whether a binary of this call spills or does not fit, under the tables as they are."""
+    launches = aot.record(KERNELS.index(kernel_named(subject.kernel)), case, _DTYPE, architecture)
+    return not all(aot.describe(launch, architecture, True).ok for launch in launches)
+
+
+def accurate(subject: Subject, case: Case) -> bool:
+    """Whether the call meets the accuracy rule, on a few of its rows."""
+    few = {**case, "rows": min(case["rows"], _CHECKED_ROWS)}
+    return all(error.ok for error in check_kernel(kernel_named(subject.kernel), few, _DTYPE, "cuda"))
+
+
+def milliseconds(subject: Subject, case: Case) -> float:
+    """Device time of the call's forward, or of its backward alone."""
+    kernel = kernel_named(subject.kernel)
+    generator = torch.Generator("cuda").manual_seed(0)
+    arguments = kernel.inputs(_DTYPE, "cuda", generator, **case)
+    if not subject.backward:
+        with torch.no_grad():
+            return _median_milliseconds(lambda: kernel.fused(**arguments))
+    leaves = list(leaves_of(arguments).values())
+    upstream = upstream_gradients(kernel.fused, arguments, generator)
+    # Captured on the stream of the forward: autograd replays a node on the stream that recorded it.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        outputs = outputs_of(kernel.fused, arguments)
+        return _median_milliseconds(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+
+
+def _median_milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    taken = do_bench_cudagraph(run, return_mode="median")
+    assert isinstance(taken, float)
+    return taken
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a candidate is judged: spills(subject, case, architecture), accurate(subject, case), milliseconds(same)."""
+
+    spills: Callable[[Subject, Case, str], bool] = spills
+    accurate: Callable[[Subject, Case], bool] = accurate
+    milliseconds: Callable[[Subject, Case], float] = milliseconds
+
+
+def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -> tuple[Any, str]:
+    """(the configuration to use in bucket `index`, a line that says what was seen); the table is left as it was."""
+    table = configs.rows_of(subject.table, architecture)
+    present, case = table[index], bucket_case(subject, table[index], kernel_named(subject.kernel))
+    seen: dict[Any, float] = {}
+    # The present one first, so that all others have something to beat.
+    for config in dict.fromkeys((present, *candidates(present, "BACKWARD" in subject.table))):
+        with configs.trying(subject.table, architecture, (*table[:index], config, *table[index + 1 :])):
+            if not trial.spills(subject, case, architecture) and trial.accurate(subject, case):
+                seen[config] = trial.milliseconds(subject, case)
+    best = min(seen, key=lambda config: seen[config], default=present)
+    if present in seen and seen[best] > (1 - _LEAST_GAIN) * seen[present]:
+        best = present
+    gain = f"{seen[best]:.4f} ms, was {seen[present]:.4f}" if present in seen and best in seen else "nothing ran"
+    return best, f"{subject.table} {subject.kernel} columns {case['columns']}: {best} ({gain}, {len(seen)} tried)"
+
+
+def tune(tables: list[str], architecture: str, device_name: str, trial: Trial) -> None:
+    """Tune the named tables, all if none is, on this GPU; print a line a bucket and write each answer at once."""
+    for subject in SUBJECTS:
+        if tables and subject.table not in tables:
+            continue
+        for index in range(len(configs.rows_of(subject.table, architecture))):
+            best, line = tune_bucket(subject, index, architecture, trial)
+            rows = configs.rows_of(subject.table, architecture)
+            configs.save(subject.table, architecture, (*rows[:index], best, *rows[index + 1 :]), device_name)
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tune, or show the tables; 2 where there is no GPU to tune on."""
+    parser = argparse.ArgumentParser(prog="python -m fastlm_kernels.tune", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--table", action="append", default=[], choices=[subject.table for subject in SUBJECTS])
+    parser.add_argument("--show", choices=(*configs.ARCHITECTURES, "generic"), metavar="ARCHITECTURE")
+    options = parser.parse_args(argv)
+    if options.show:
+        sys.stdout.write(configs.describe(options.show))
+        return 0
+    if not torch.cuda.is_available() or not _runtime.HAS_TRITON or _runtime.INTERPRETED:
+        sys.stderr.write("error: tune: no GPU that Triton can use here; run it on one, or --show the tables\n")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    tune(options.table, _runtime.architecture(device), torch.cuda.get_device_name(device), Trial())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

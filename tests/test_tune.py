@@ -1,0 +1,149 @@
+"""Tuning: which tiles are tried, which one wins, and that the tables take and keep it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastlm_kernels import configs, tune
+from fastlm_kernels.configs import RowConfig
+from fastlm_kernels.registry import Case
+from fastlm_kernels.tune import SUBJECTS, Subject, Trial
+
+FORWARD = next(subject for subject in SUBJECTS if subject.table == "NORM_FORWARD")
+
+
+@pytest.fixture(autouse=True)
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and file that no other test sees."""
+    for name, table in vars(configs).items():
+        if isinstance(table, dict) and "generic" in table:
+            monkeypatch.setattr(configs, name, dict(table))
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.json")
+
+
+def clock(times: dict[int, float]) -> Trial:
+    """A trial in which the number of warps decides, 1.0 where `times` has none; nothing spills, all is accurate."""
+
+    def milliseconds(subject: Subject, case: Case) -> float:
+        config = configs.row_config(configs.NORM_FORWARD, "sm_90", case["columns"])
+        return times.get(config.num_warps, 1.0)
+
+    return Trial(lambda *_: False, lambda *_: True, milliseconds)
+
+
+def test_every_table_has_a_subject() -> None:
+    """A table that cannot be tuned would stay a guess; the two small second passes are not worth a minute."""
+    tables = {name for name, table in vars(configs).items() if isinstance(table, dict) and "generic" in table}
+    assert tables == {subject.table for subject in SUBJECTS}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.table)
+def test_every_bucket_has_a_call_that_lands_in_it(subject: Subject) -> None:
+    """Of about 256 MiB a tensor, or as many rows as the check needs."""
+    kernel = tune.kernel_named(subject.kernel)
+    for config in configs.rows_of(subject.table, "sm_90"):
+        case = tune.bucket_case(subject, config, kernel)
+        assert case["rows"] >= 64
+        assert set(kernel.inputs(tune._DTYPE, "meta", 0, **case))
+        if subject.columns is None:
+            assert configs.row_config(vars(configs)[subject.table], "sm_90", case["columns"]) == config
+
+
+def test_the_present_tile_and_those_around_it_are_tried() -> None:
+    """Half and twice the rows and the warps; depths where the kernel loops."""
+    tried = set(tune.candidates(RowConfig(2, 512, 4), loops=False))
+    assert tried == {RowConfig(m, 512, w) for m in (1, 2, 4) for w in (2, 4, 8)}
+    assert {c.num_stages for c in tune.candidates(RowConfig(1, 512, 32), loops=True)} == {1, 2, 3, 4}
+    assert {c.block_m for c in tune.candidates(RowConfig(1, 512, 32), loops=True)} == {1, 2}
+    assert {c.num_warps for c in tune.candidates(RowConfig(1, 512, 32), loops=True)} == {16, 32}
+
+
+def test_the_fastest_wins() -> None:
+    """And the line says by how much."""
+    best, line = tune.tune_bucket(FORWARD, 2, "sm_90", clock({8: 0.5}))
+    assert (best.num_warps, best.block_n) == (8, 256)
+    assert "0.5000 ms, was 1.0000" in line
+
+
+def test_less_than_three_percent_is_noise() -> None:
+    """The tile in the table stays."""
+    assert tune.tune_bucket(FORWARD, 2, "sm_90", clock({8: 0.98}))[0] == configs.NORM_FORWARD["generic"][2]
+
+
+@pytest.mark.parametrize("defect", ["spills", "accurate"])
+def test_fast_and_wrong_never_wins(defect: str) -> None:
+    """Nor does a tile whose binary spills."""
+
+    def bad(subject: Subject, case: Case, *_: str) -> bool:
+        wrong = configs.row_config(configs.NORM_FORWARD, "sm_90", case["columns"]).num_warps == 8
+        return wrong if defect == "spills" else not wrong
+
+    trial = replace(clock({8: 0.1, 2: 0.5}), **{defect: bad})
+    assert tune.tune_bucket(FORWARD, 2, "sm_90", trial)[0].num_warps == 2
+
+
+def test_a_table_is_left_as_it_was_after_an_error() -> None:
+    """The tiles on trial are put in place for the trial alone."""
+
+    def fail(subject: Subject, case: Case) -> float:
+        raise KeyboardInterrupt
+
+    before = dict(configs.NORM_FORWARD)
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune_bucket(FORWARD, 2, "sm_90", replace(clock({}), milliseconds=fail))
+    assert before == configs.NORM_FORWARD
+
+
+def test_answers_are_kept_and_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bucket by bucket in the file; another architecture keeps its own, and the other tables theirs."""
+    before = configs.rows_of("NORM_FORWARD", "sm_80")
+    tune.tune(["NORM_FORWARD"], "sm_90", "a GPU", clock({8: 0.5, 16: 0.4}))
+    assert len(capsys.readouterr().out.splitlines()) == len(before)
+    tuned = configs.rows_of("NORM_FORWARD", "sm_90")
+    assert [c.block_n for c in tuned] == [c.block_n for c in before]
+    assert {c.num_warps for c in tuned[:5]} == {8}
+    assert configs.rows_of("NORM_FORWARD", "sm_80") == before
+    kept = json.loads(configs.TUNED.read_text())
+    assert kept["sm_90"]["measured_on"] == "a GPU"
+    assert list(kept["sm_90"]["tables"]) == ["NORM_FORWARD"]
+    del configs.NORM_FORWARD["sm_90"]
+    configs.read_tuned(configs.TUNED)
+    assert configs.NORM_FORWARD["sm_90"] == tuned
+
+
+def test_a_table_that_is_gone_is_left_out() -> None:
+    """A file of an older version must not stop the import."""
+    configs.TUNED.write_text('{"sm_90": {"measured_on": "a GPU", "tables": {"GONE": [{"block_m": 1}]}}}')
+    configs.read_tuned(configs.TUNED)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fastlm_kernels.tune", *arguments],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command_without_a_gpu_says_so() -> None:
+    """One line, exit code 2."""
+    run = _run()
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: tune: no GPU")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_command_shows_what_an_architecture_uses() -> None:
+    """Every table, and where it has none of its own."""
+    run = _run("--show", "gfx942")
+    assert run.returncode == 0
+    assert "NORM_FORWARD\n    RowConfig(block_m=16, block_n=64, num_warps=2, num_stages=1)\n" in run.stdout
+    assert "CROSS_ENTROPY_LONG (generic)\n" in run.stdout

@@ -292,14 +292,14 @@ def test_transforms_work_on_the_pytorch_path() -> None:
 
 # The kernels alone.
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {"weight": weight, "label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap}
     for weight, smoothing, z_loss, softcap in itertools.product((False, True), (0.0, 0.1), (0.0, 0.3), (None, 2.5))
 ]
 EVERYTHING = OPTIONS[-1]
 
 
-def _call(dtype: torch.dtype, rows: int = 6, classes: int = 13, weight: bool = False, **options: Any) -> dict[str, Any]:
+def _call(dtype: torch.dtype, rows: int = 6, classes: int = 13, weight: Any = False, **options: Any) -> dict[str, Any]:
     """Arguments of a call that the kernels cover, on the device that they run on."""
     logits, target, weights = (t.to(DEVICE) for t in _inputs(8, rows, classes, dtype))
     call = {"input": logits.requires_grad_(), "target": target, "weight": weights if weight else None, **options}

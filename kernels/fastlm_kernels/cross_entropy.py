@@ -17,10 +17,11 @@ logits themselves, and two fp32 numbers a row. (PyTorch reads the logits, writes
 Forward is two launches, rows and then their sum; backward is one. Nothing is copied but logits whose classes are not
 adjacent, and (N, C, d1, ...), which becomes rows.
 
-Forward: a row is one block, or walked in blocks with the log-sum-exp built up as it goes: every thread keeps the largest
-of its logits and the sum of their powers, so that threads meet once a row. A thread's next 32 bytes in 16 bits (64 in
-32) are requested while it works on the last: 6 programs of 256 threads and 40 registers on a multiprocessor of sm_90
-have 48 KB on the way, in plain bf16. About 9 instructions and one power of two a logit, where the bandwidth leaves 12.
+Forward: a row is one block, or walked in blocks with the log-sum-exp built up as it goes: every thread keeps the
+largest of its logits and the sum of their powers, so that threads meet once a row. A thread's next 32 bytes in 16 bits
+(64 in 32) are requested while it works on the last: 6 programs of 256 threads and 40 registers on a multiprocessor of
+sm_90 have 48 KB on the way, in plain bf16. About 9 instructions and one power of two a logit; an H200's bandwidth
+leaves time for 12.
 The soft-cap takes two powers or reciprocals more, and is then no longer bound by memory alone. Rows whose distance 16
 does not divide (50257 classes) are read element by element.
 

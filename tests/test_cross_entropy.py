@@ -307,6 +307,11 @@ def _call(dtype: torch.dtype, rows: int = 6, classes: int = 13, weight: Any = Fa
     return call
 
 
+def _names(value: Any) -> str:
+    """A test's name from options or a layout."""
+    return "-".join(value) or "plain" if isinstance(value, dict) else getattr(value, "__name__", str(value))
+
+
 def _assert_accurate(call: dict[str, Any]) -> None:
     upstream = upstream_gradients(kernels.cross_entropy_reference, call, 9)
     errors = compare(fk.cross_entropy, kernels.cross_entropy_reference, call, upstream)
@@ -393,7 +398,7 @@ def test_confident_targets_keep_their_digits(dtype: torch.dtype, tiles: str, req
 @needs_kernels
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
 @pytest.mark.parametrize("tiles", ["whole", "long"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"z_loss": 0.1}], ids=_names)
 def test_infinite_and_nan_logits_give_pytorchs_answer(
     options: dict[str, Any], tiles: str, request: pytest.FixtureRequest
 ) -> None:
@@ -484,7 +489,7 @@ def test_bad_target_is_nan_without_the_cpus_check(bad: int, monkeypatch: pytest.
 
 
 @needs_kernels
-@pytest.mark.parametrize("layout", [None, padded, offset], ids=str)
+@pytest.mark.parametrize("layout", [None, padded, offset], ids=_names)
 def test_inplace_backward_takes_the_logits_memory(layout: Any) -> None:
     """No second tensor of their size; rows with a gap between them count as dense."""
     call = _call(torch.float32, softcap=4.0)
@@ -513,7 +518,7 @@ def test_inplace_backward_is_noticed_by_others_who_saved_the_logits() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("layout", [transposed, strided, "expanded"], ids=str)
+@pytest.mark.parametrize("layout", [transposed, strided, "expanded"], ids=_names)
 def test_inplace_backward_leaves_other_layouts_alone(layout: Any) -> None:
     """Rows that share memory, or elements apart: the permission is not used."""
     call = _call(torch.float32)
@@ -593,7 +598,7 @@ def test_many_rows_are_summed_in_two_passes(reduction: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("tiles", ["whole", "long"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.3, "softcap": 2.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.3, "softcap": 2.5}], ids=_names)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("upstream", ["none", "one", "rows"])
 def test_chunks_and_blocks_of_classes(

@@ -505,6 +505,23 @@ def test_shapes_and_strides(dtype: torch.dtype, kernel_device: str) -> None:
 
 @needs_kernels
 @every_mode
+@pytest.mark.usefixtures("tiny_plans", "poisoned")
+def test_upstream_gradients_of_any_stride(mode: str, kernel_device: str) -> None:
+    """One number for all tokens, every other number, a lazily negated view: what plain ones give, bit for bit."""
+    arguments, (upstream,) = arguments_of(kernel_device, torch.float16, reduction="none", bias=True)
+    expected = results(fk.linear_cross_entropy, arguments, (upstream,))
+    strided = torch.stack([upstream, upstream * torch.nan], 1)[:, 0]
+    negated = torch.ops.aten._neg_view(-upstream)
+    assert (strided.stride(), negated.is_neg()) == ((2,), True)
+    for other in (strided, negated):
+        assert equal_bits(results(fk.linear_cross_entropy, arguments, (other,)), expected)
+    one = upstream[:1].expand_as(upstream)
+    expected = results(fk.linear_cross_entropy, arguments, (one.contiguous(),))
+    assert equal_bits(results(fk.linear_cross_entropy, arguments, (one,)), expected)
+
+
+@needs_kernels
+@every_mode
 @pytest.mark.usefixtures("tiny_plans")
 def test_tied_weights_add_up(mode: str, kernel_device: str) -> None:
     """The head is the embedding too: its gradient is the sum of both uses."""

@@ -393,7 +393,6 @@ def _launch_backward(
     """(dx, dW, db) in x's dtype, from lse and one upstream gradient for each token; those not in `needs` empty."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
     problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
-    grad = grad.resolve_neg()
     if plan.mode == "classes":
         _gradients_by_classes(problem, lse, grad, plan, buffer, grads)
     for start, stop in _token_chunks(x.shape[0], plan) if plan.mode == "tokens" else ():
@@ -624,7 +623,8 @@ def linear_cross_entropy(
         )
     dtype = _compute_dtype(input)
     # Cast where autograd sees it; without autocast there is nothing to cast.
-    x, head = input.reshape(-1, input.shape[-1]).to(dtype), linear_weight.to(dtype)
+    x = (input if input.dim() == 2 else input.reshape(-1, input.shape[-1])).to(dtype)
+    head = linear_weight.to(dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, head, bias)]
     in_forward = reduction != "none"

@@ -452,19 +452,19 @@ def rotary_norm_backward_kernel(
     time_blocks = tl.cdiv(T, BLOCK_T)
     if group < groups_q:
         DY, X, W, DX, heads, first, weighted = DYQ, Q, WQ, DQ, heads_q, group * group_heads, HAS_WQ
-        stride_dyb, stride_dyt = tl.cast(stride_dyqb, tl.int64) * UNIT, tl.cast(stride_dyqt, tl.int64) * UNIT
-        stride_xb, stride_xt = tl.cast(stride_qb, tl.int64) * UNIT, tl.cast(stride_qt, tl.int64) * UNIT
-        stride_dxb, stride_dxt = tl.cast(stride_dqb, tl.int64) * UNIT, tl.cast(stride_dqt, tl.int64) * UNIT
-        stride_dyh, stride_xh = tl.cast(stride_dyqh, tl.int64) * UNIT, tl.cast(stride_qh, tl.int64) * UNIT
-        stride_dxh = tl.cast(stride_dqh, tl.int64) * UNIT
+        stride_dyb, stride_dyt = tl.cast(stride_dyqb, tl.int64), tl.cast(stride_dyqt, tl.int64)
+        stride_xb, stride_xt = tl.cast(stride_qb, tl.int64), tl.cast(stride_qt, tl.int64)
+        stride_dxb, stride_dxt = tl.cast(stride_dqb, tl.int64), tl.cast(stride_dqt, tl.int64)
+        stride_dyh, stride_xh = tl.cast(stride_dyqh, tl.int64), tl.cast(stride_qh, tl.int64)
+        stride_dxh = tl.cast(stride_dqh, tl.int64)
         dw_row = walker * groups_q + group
     else:
         DY, X, W, DX, heads, first, weighted = DYK, K, WK, DK, heads_k, (group - groups_q) * group_heads, HAS_WK
-        stride_dyb, stride_dyt = tl.cast(stride_dykb, tl.int64) * UNIT, tl.cast(stride_dykt, tl.int64) * UNIT
-        stride_xb, stride_xt = tl.cast(stride_kb, tl.int64) * UNIT, tl.cast(stride_kt, tl.int64) * UNIT
-        stride_dxb, stride_dxt = tl.cast(stride_dkb, tl.int64) * UNIT, tl.cast(stride_dkt, tl.int64) * UNIT
-        stride_dyh, stride_xh = tl.cast(stride_dykh, tl.int64) * UNIT, tl.cast(stride_kh, tl.int64) * UNIT
-        stride_dxh = tl.cast(stride_dkh, tl.int64) * UNIT
+        stride_dyb, stride_dyt = tl.cast(stride_dykb, tl.int64), tl.cast(stride_dykt, tl.int64)
+        stride_xb, stride_xt = tl.cast(stride_kb, tl.int64), tl.cast(stride_kt, tl.int64)
+        stride_dxb, stride_dxt = tl.cast(stride_dkb, tl.int64), tl.cast(stride_dkt, tl.int64)
+        stride_dyh, stride_xh = tl.cast(stride_dykh, tl.int64), tl.cast(stride_kh, tl.int64)
+        stride_dxh = tl.cast(stride_dkh, tl.int64)
         # q's programs come first in the partial buffer.
         dw_row = walkers * groups_q + walker * groups_k + group - groups_q
     dw_a = tl.zeros([BLOCK_T, BLOCK_P], dtype=ACC)
@@ -481,16 +481,17 @@ def rotary_norm_backward_kernel(
         table_rows = (batch * stride_cb + t * stride_ct) * TABLE_UNIT
         cos_a, cos_b = _load_table(COS, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
         sin_a, sin_b = _load_table(SIN, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
+        # UNIT comes in here, not where q or k is chosen: Triton 3.6 forgets there that 8 divides a stride.
         dy_rows, x_rows, dx_rows = (
-            batch * stride_dyb + t * stride_dyt,
-            batch * stride_xb + t * stride_xt,
-            batch * stride_dxb + t * stride_dxt,
+            (batch * stride_dyb + t * stride_dyt) * UNIT,
+            (batch * stride_xb + t * stride_xt) * UNIT,
+            (batch * stride_dxb + t * stride_dxt) * UNIT,
         )
         for head in range(first, tl.minimum(first + group_heads, heads)):
             dy_at, x_at, dx_at = (
-                dy_rows + head * stride_dyh,
-                x_rows + head * stride_xh,
-                dx_rows + head * stride_dxh,
+                dy_rows + head * stride_dyh * UNIT,
+                x_rows + head * stride_xh * UNIT,
+                dx_rows + head * stride_dxh * UNIT,
             )
             # u, the gradient of the normed and scaled head
             dy_a, dy_b = _load_pairs(DY, dy_at, 1, t_ok, PAIRS, BLOCK_P, INTERLEAVED, ACC)

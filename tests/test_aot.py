@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,13 +53,18 @@ def test_alignment_gives_16_byte_loads(rows: list[aot.Row]) -> None:
 
 @every_kernel
 def test_sizes_that_vary_never_compile_a_new_binary(kernel: Kernel) -> None:
-    """Any number of rows, 1 and 16-divisible ones included, asks for the same binaries."""
-    found: dict[str, set[str]] = {}
+    """Any number of rows, 1 and 16-divisible ones included, asks for the same binaries: one a kernel for tensors of
+    certain dtypes and certain switches (many rows may add a pass), never one for a size.
+    """
+    found: dict[tuple[Any, ...], set[str]] = {}
     for count in (1, 2, 16, 33, 4096, 4097, 100_003):
         case = {**kernel.quick[-1], "rows": count}
         for launch in aot.record(KERNELS.index(kernel), case, torch.bfloat16, "sm_90"):
             source, options = aot.specialise(launch, "sm_90", True)
-            found.setdefault(launch.kernel.__name__, set()).add(f"{source.hash()} {options.hash()}")
+            types = tuple(t for t in source.signature.values() if t.startswith("*"))
+            switches = tuple((name, on) for name, on in launch.constexprs.items() if isinstance(on, bool))
+            binary = f"{source.hash()} {options.hash()}"
+            found.setdefault((launch.kernel.__name__, types, switches), set()).add(binary)
     assert len(found) >= 2
     assert {name: len(binaries) for name, binaries in found.items()} == dict.fromkeys(found, 1)
 

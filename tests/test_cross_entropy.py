@@ -532,7 +532,8 @@ def test_inplace_backward_leaves_other_layouts_alone(layout: Any) -> None:
 
 
 @needs_kernels
-def test_compiled_inplace_backward_and_counts() -> None:
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_inplace_backward_and_counts(compiler: str) -> None:
     """Compiled code keeps the logits; a new count of items every call compiles no new graph."""
     torch._dynamo.reset()
     graphs: list[Any] = []
@@ -541,7 +542,7 @@ def test_compiled_inplace_backward_and_counts() -> None:
         from torch._dynamo.backends.debugging import aot_eager
 
         graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return aot_eager(graph, inputs) if compiler == "aot_eager" else graph.forward
 
     call = _call(torch.float32, **EVERYTHING)
     before = call["input"].detach().clone()

@@ -96,7 +96,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, D = x_BTD.shape
         qkv_BTHC = self.qkv(x_BTD).view(B, T, sum(self.sizes), self.head_dim)
-        q_BHTC, k_BKTC, v_BKTC = qkv_BTHC.transpose(1, 2).split(self.sizes, dim=1)
+        # Split before transposed: the three gradients are then joined by one copy, not three.
+        q_BHTC, k_BKTC, v_BKTC = (x.transpose(1, 2) for x in qkv_BTHC.split(self.sizes, dim=2))
         if self.rotary:
             assert rotation is not None
             q_BHTC, k_BKTC = fk.rotary_embedding(q_BHTC, k_BKTC, *rotation, qk_norm_eps=NORM_EPS)

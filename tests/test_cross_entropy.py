@@ -36,8 +36,9 @@ needs_kernels = pytest.mark.needs_kernels
 def long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 columns and steps of 16 rows: short rows are walked as long ones, few are summed as many."""
     monkeypatch.setattr(configs, "CROSS_ENTROPY", {"generic": ()})
-    for name in ("CROSS_ENTROPY_LONG", "CROSS_ENTROPY_LONG_GRADIENT", "CROSS_ENTROPY_REDUCE"):
-        monkeypatch.setattr(configs, name, LONG)
+    for name in ("CROSS_ENTROPY_LONG", "CROSS_ENTROPY_LONG_GRADIENT"):
+        monkeypatch.setattr(configs, name, {"generic": (LONG,)})
+    monkeypatch.setattr(configs, "CROSS_ENTROPY_REDUCE", LONG)
 
 
 pytestmark = pytest.mark.both_paths

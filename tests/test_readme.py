@@ -159,5 +159,6 @@ def test_the_python_example_runs():
     x, branch, h = torch.randn(3, 4, 1024).unbind()
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     scope = {"x": x, "branch": branch, "h": h, "weight": torch.randn(1024), "model": model}
+    scope |= {"head": torch.randn(50, 1024), "targets": torch.arange(4)}
     exec(PYTHON[0], scope)
     assert torch.equal(scope["h"], branch + h)

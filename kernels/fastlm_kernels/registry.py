@@ -1,8 +1,8 @@
 """Every kernel, once. Tests, benches, `check`, `aot` and the README's table iterate over `KERNELS`.
 
-Adding a kernel of (rows, columns) is one file and one entry here. `check`, `aot` and the benches read any family's
-cases from its entry; the tests of what holds for every kernel build their own from rows and columns, so a family of
-other shapes brings its own to them.
+Adding a kernel is one file and one entry here. Every case names rows and columns, whatever these are to the family
+(tokens and classes, positions and head dimension); all other options have defaults, so that the tests of what holds for
+every kernel can ask any of them for a size.
 """
 
 from __future__ import annotations

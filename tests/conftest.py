@@ -16,6 +16,8 @@ from collections.abc import Iterator
 # Tests are many small operators, often several processes at once, where a second thread a process only waits for the
 # others: on two busy cores the suite took ten times as long. Set before torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# PyTorch's deterministic mode, which poisons new memory here, wants it of cuBLAS, and warns without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

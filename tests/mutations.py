@@ -206,9 +206,16 @@ MUTATIONS = (
     Mutation(
         "columns of the total in the wrong strip",
         "_rows.py",
-        "cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)\n    total",
+        "cols = strip * BLOCK_N + tl.arange(0, BLOCK_N)\n    total",
         "cols = tl.arange(0, BLOCK_N)\n    total",
         _ACCURATE.format("rms_norm-rows9-columns100-float32"),
+    ),
+    Mutation(
+        "the first sum twice",
+        "_rows.py",
+        "PARTIAL, TOTAL, P, strip = SECOND_PARTIAL,",
+        "PARTIAL, TOTAL, P, strip = PARTIAL,",
+        _ACCURATE.format("layer_norm-rows9-columns100-float32"),
     ),
     # launchers and autograd
     Mutation(
@@ -420,8 +427,8 @@ MUTATIONS = (
     Mutation(
         "sigmoid by subtraction",
         "_math.py",
-        "return 1.0 / (1.0 + tl.exp(-x))",
-        "return 1.0 - 1.0 / (1.0 + tl.exp(x))",
+        "return tl.where(x < 0.0, e, 1.0) / (1.0 + e)",
+        "return 1.0 - tl.where(x < 0.0, 1.0, e) / (1.0 + e)",
         "test_activation.py::test_no_cancellation_in_fp32[sigmoid]",
     ),
     # softmax_forward_kernel
@@ -752,7 +759,7 @@ MUTATIONS = (
     Mutation(
         "lanes not brought to one largest logit",
         "cross_entropy.py",
-        "s = tl.sum(s * tl.exp2(top * 1.4426950408889634 - row_top2[:, None]), axis=1)",
+        "s = tl.sum(s * tl.exp2(_log2_power(top, ACC) - row_top2[:, None]), axis=1)",
         "s = tl.sum(s, axis=1)",
         "test_cross_entropy.py::test_long_rows_with_all_options_are_accurate[48-torch.float32]",
     ),

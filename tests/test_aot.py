@@ -35,8 +35,10 @@ def test_quick_report_covers_both_architectures_and_every_kernel(rows: list[aot.
         mine = [row for row in rows if row.architecture == architecture]
         assert {row.call.split()[0] for row in mine} == {kernel.name for kernel in KERNELS}
         assert all(row.call_bytes > 0 for row in mine)
-        for kernel in ("norm", "softmax", "cross_entropy", "rotary", "unary", "gated"):
-            assert {f"{kernel}_forward_kernel", f"{kernel}_backward_kernel"} <= {row.kernel for row in mine}
+        kernels = {row.kernel for row in mine}
+        for family in ("norm", "softmax", "cross_entropy", "unary", "gated"):
+            assert {f"{family}_forward_kernel", f"{family}_backward_kernel"} <= kernels
+        assert {"rotary_kernel", "rotary_norm_backward_kernel"} <= kernels
 
 
 def test_row_kernels_fit_and_do_not_spill(rows: list[aot.Row]) -> None:
@@ -48,7 +50,9 @@ def test_alignment_gives_16_byte_loads(rows: list[aot.Row]) -> None:
     """Aligned pointers are read 16 bytes at a time; unaligned ones element by element, and still compile."""
     for row in rows:
         widths = [int(word.split("x")[0]) for word in row.loads.split()]
-        assert (max(widths) == 128) == row.aligned, row
+        # One number a row of the logits, in slices that begin anywhere: one binary for all of them.
+        reads_numbers = row.kernel == "cross_entropy_reduce_kernel"
+        assert (max(widths) == 128) == (row.aligned and not reads_numbers), row
 
 
 @every_kernel

@@ -42,7 +42,10 @@ def names(cell: str) -> list[str]:
 
 def test_two_commands_do_all_the_set_up():
     installs = [command for command in COMMANDS if command.startswith("pip install")]
-    assert installs == ["pip install -e . && python -m fastlm.train", "pip install -e '.[test]' && pytest -n auto --dist loadgroup"]
+    assert installs == [
+        "pip install -e . && python -m fastlm.train",
+        "pip install -e '.[test]' && pytest -n auto --dist loadgroup",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,9 @@ def tanh(x):
 @kernel()
 def sigmoid(x):
     """1 / (1 + e^-x); NaN stays NaN."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    # By e^-|x|: a divisor above 2^126, which e^-x reaches at x = -87, is flushed to infinity by fast division.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @kernel()

@@ -122,7 +122,7 @@ def _gradient(saved, dy, FUNCTION: tl.constexpr):
 @kernel()
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's rows, first column, columns from there, mask, and whether the mask is all true."""
-    strips = tl.cdiv(N, BLOCK_N)
+    strips = (N - 1) // BLOCK_N + 1  # not cdiv, whose N + BLOCK_N - 1 may pass 2^31
     # int64 from the start: both a row's elements and their offsets may pass 2^31; columns within a tile may not.
     first_row = (tl.program_id(0) // strips).to(tl.int64) * BLOCK_M
     first_col = (tl.program_id(0) % strips).to(tl.int64) * BLOCK_N

@@ -54,6 +54,7 @@ SHARED_LIMIT = {
     "sm_120": 99 * _KB,
     "gfx942": 64 * _KB,
 }
+_MOST_THREADS = 1024  # of one program
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
 
 
@@ -83,8 +84,9 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """No spills, and shared memory within the architecture's limit."""
-        return self.spill_bytes == 0 and self.shared_bytes <= self.shared_limit
+        """No spills; shared memory within the architecture's limit, threads within every architecture's."""
+        threads = self.num_warps * (64 if self.architecture.startswith("gfx") else 32)
+        return self.spill_bytes == 0 and self.shared_bytes <= self.shared_limit and threads <= _MOST_THREADS
 
 
 @dataclass(frozen=True)

@@ -60,27 +60,26 @@ _WHOLE_ROWS_GFX942 = tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for
 
 
 def _in_flight(rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
-    """The same tiles for a program that walks many rows, two more of them on their way, one more of the widest.
+    """The tiles of a program that walks many rows, two more of them on their way, none of the widest.
 
     A multiprocessor of an H200 must have 26 KB in flight to read at full speed; 16 warps at one row of 768 each,
     x and dy in 16 bits, have 12 KB.
     """
-    return tuple(replace(c, num_stages=3 if c.block_n <= 2048 else 2 if c.block_n <= 4096 else 1) for c in rows)
+    return tuple(replace(c, num_stages=1 if c.block_n > 4096 else 3) for c in rows)
 
+
+_IN_FLIGHT = _in_flight(_WHOLE_ROWS)
+# Rows of 8192 with one more on its way want 16 elements a thread, for which sm_100 and sm_120 lack registers. A bias
+# gradient is one more sum to hold: there, such rows are walked in blocks.
+_IN_FLIGHT_TO_8192 = (*_IN_FLIGHT[:-1], RowConfig(1, 8192, 16, 2))
+_BEFORE_SM_100 = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), _IN_FLIGHT_TO_8192)
+_IN_FLIGHT_GFX942 = (*_in_flight(_WHOLE_ROWS_GFX942)[:-1], RowConfig(1, 8192, 8, 2))
 
 NORM_FORWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
-NORM_BACKWARD: RowTable = {"generic": _in_flight(_WHOLE_ROWS), "gfx942": _in_flight(_WHOLE_ROWS_GFX942)}
-# A bias gradient is one more sum to hold: at 8192 columns 64 registers a thread are too few on sm_100 and sm_120, and
-# with tensors of two dtypes, whose loads differ in width, on every NVIDIA architecture.
-NORM_BACKWARD_BIAS: RowTable = {
-    "generic": NORM_BACKWARD["generic"][:-1],
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_90"), NORM_BACKWARD["generic"]),
-    "gfx942": NORM_BACKWARD["gfx942"],
-}
-NORM_BACKWARD_BIAS_MIXED: RowTable = {
-    "generic": NORM_BACKWARD["generic"][:-1],
-    "gfx942": NORM_BACKWARD["gfx942"],
-}
+NORM_BACKWARD: RowTable = {"generic": _IN_FLIGHT, **_BEFORE_SM_100, "gfx942": _IN_FLIGHT_GFX942}
+NORM_BACKWARD_BIAS: RowTable = {"generic": _IN_FLIGHT[:-1], **_BEFORE_SM_100, "gfx942": _IN_FLIGHT_GFX942}
+# Tensors of two dtypes, whose loads differ in width, need more registers yet.
+NORM_BACKWARD_BIAS_MIXED: RowTable = {"generic": _IN_FLIGHT[:-1], "gfx942": _IN_FLIGHT_GFX942}
 # Without this the assembler stops at 32 to 96 and spills 8 or 16 bytes in some binaries; none of them needs more.
 NORM_REGISTERS = 144
 
@@ -141,7 +140,8 @@ LONG_ROW: RowTable = {"generic": (RowConfig(1, 4096, 16),)}
 # Weight gradients of such rows: a strip of columns, summed over a group of rows.
 NORM_WEIGHT_GRADIENT: RowTable = {"generic": (RowConfig(8, 128, 4),)}
 # Sum of the partial weight gradients over the programs that made them.
-SUM_PARTIALS = RowConfig(16, 64, 4)
+# Many rows a step and many programs: a chain of dependent loads on few multiprocessors would take longer than all else.
+SUM_PARTIALS = RowConfig(128, 16, 8)
 
 # Cross-entropy: 16 logits a thread, two 16-byte loads in 16 bits; 8 programs of 128 threads have 32 KB on the way.
 CROSS_ENTROPY: RowTable = {
@@ -157,13 +157,13 @@ CROSS_ENTROPY: RowTable = {
         RowConfig(1, 4096, 8),
     )
 }
-CROSS_ENTROPY_LONG: RowTable = {"generic": (RowConfig(1, 4096, 8),)}
+CROSS_ENTROPY_LONG: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
 # A second walk over the row should find it in the L2 cache: few rows at a time.
 CROSS_ENTROPY_LONG_GRADIENT: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
 # With the soft-cap: else the assembler stops at 64 and spills 8 bytes.
 CROSS_ENTROPY_REGISTERS = 160
 # Sum of the rows' losses: block_n rows a step.
-CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 32)
+CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 16)
 
 
 def row_config(table: RowTable, architecture: str, columns: int, longer: RowTable | None = None) -> RowConfig:
@@ -181,8 +181,8 @@ def only_config(table: RowTable, architecture: str) -> RowConfig:
 
 
 def programs_per_multiprocessor(config: RowConfig) -> int:
-    """How many programs a multiprocessor should hold: 16 warps, at least two programs to hide latency."""
-    return max(2, 16 // config.num_warps)
+    """How many programs a multiprocessor should hold: 16 warps, as many as the registers of the largest tiles allow."""
+    return max(1, 16 // config.num_warps)
 
 
 def rotary_group_heads(tiles: int, resident: int) -> int:

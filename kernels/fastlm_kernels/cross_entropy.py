@@ -247,6 +247,12 @@ def _two_sum(a, b):
 
 
 @kernel()
+def _log2_power(x, ACC: tl.constexpr):
+    """log2 of e^x, rounded: a plain product would be merged, unrounded, with the subtraction that follows it."""
+    return tl.fma(x, tl.full(x.shape, 1.4426950408889634, ACC), tl.zeros(x.shape, ACC))
+
+
+@kernel()
 def _powers(l, top2, ACC: tl.constexpr):
     """e^l / 2^top2: one multiply-add and one power of two a logit."""
     return tl.exp2(tl.fma(l, tl.full(l.shape, 1.4426950408889634, ACC), tl.broadcast_to(-top2, l.shape)))
@@ -267,9 +273,9 @@ def _lane_sums(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
 def _add_powers(l, top, s, LANES: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
     """(top, s) of each lane with those of l added: sum_v e^l_v = s 2^(log2(e) top), the exponent as it is rounded."""
     l = _by_lane(l, LANES, VECTOR)
-    before = top * 1.4426950408889634
+    before = _log2_power(top, ACC)
     top = tl.maximum(top, tl.max(tl.max(l, axis=3), axis=1))
-    top2 = _finite(top) * 1.4426950408889634
+    top2 = _log2_power(_finite(top), ACC)
     powers = _powers(l, top2[:, None, :, None], ACC)
     return top, s * tl.exp2(before - top2) + tl.sum(tl.sum(powers, axis=3), axis=1)
 
@@ -388,7 +394,7 @@ def cross_entropy_forward_kernel(
         deviations = _deviations(l, W, cols, cols < N, mask, base, HAS_WEIGHT, ACC)
     if WHOLE_ROW:
         row_top = _finite(tl.maximum(tl.max(others, axis=1), target))
-        row_top2 = row_top * 1.4426950408889634
+        row_top2 = _log2_power(row_top, ACC)
         s = tl.sum(_powers(others, row_top2[:, None], ACC), axis=1)
         if HAS_SMOOTHING:
             deviation = tl.sum(deviations, axis=1)
@@ -417,8 +423,8 @@ def cross_entropy_forward_kernel(
                 l = tl.where(at[None, :] == y[:, None], float("-inf"), l)
             top, s = _add_powers(l, top, s, LANES, VECTOR, ACC)
         row_top = _finite(tl.maximum(tl.max(top, axis=1), target))
-        row_top2 = row_top * 1.4426950408889634
-        s = tl.sum(s * tl.exp2(top * 1.4426950408889634 - row_top2[:, None]), axis=1)
+        row_top2 = _log2_power(row_top, ACC)
+        s = tl.sum(s * tl.exp2(_log2_power(top, ACC) - row_top2[:, None]), axis=1)
         if HAS_SMOOTHING:
             deviation = tl.sum(lane_deviation, axis=1)
     origin, rest = _log_sum(s, target, row_top, row_top2, ACC)
@@ -988,7 +994,7 @@ def _number_obstacle(ignore_index: Any, reduction: Any, label_smoothing: Any, nu
 def _on_device(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
     """num_items as a tensor beside the loss: an int would compile a new graph for every batch."""
     if num_items is None or isinstance(num_items, Tensor):
-        return num_items if num_items is None else num_items.to(device)
+        return num_items if num_items is None else num_items.to(device, non_blocking=True)
     return torch.full((), num_items, dtype=torch.int64, device=device)
 
 

@@ -554,9 +554,7 @@ def _launch_backward(
         )
     if (need_dw or need_db) and not whole_row:
         partial_dw, partial_db = _launch_long_weight_gradient(dy2, x2, stats, rows, columns, subtract_mean, needs)
-    for needed, source, total in ((need_dw, partial_dw, dw), (need_db, partial_db, db)):
-        if needed:
-            sum_partials(source, total)
+    sum_partials(*[sums for sums, need in (((partial_dw, dw), need_dw), ((partial_db, db), need_db)) if need])
     return grads
 
 

@@ -772,9 +772,7 @@ def _launch_norm_backward(
         ACC=tl_acc,
     )
     parts = partial.split([walkers * count for count in plan.groups]) if need_dw else (partial, partial)
-    for part, dw, need in zip(parts, grads[2:], needs[2:], strict=True):
-        if need:
-            sum_partials(part, dw)
+    sum_partials(*[sums for sums, need in zip(zip(parts, grads[2:], strict=True), needs[2:], strict=True) if need])
 
 
 def _fake_backward(

@@ -17,7 +17,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -36,33 +36,37 @@ _DTYPE = torch.bfloat16
 class Subject:
     """A table of `configs`, and the call whose time decides about it.
 
-    backward  whether the backward alone is timed, or the forward
-    case      options of that call; rows and columns follow from the bucket
-    columns   the row length of the last bucket, for tables that have none for such rows
+    timed     the forward alone, the forward of a call that will be differentiated, or the backward alone
+    case      options of that call; rows and columns follow from the bucket, unless given
     """
 
     table: str
     kernel: str
-    backward: bool
+    timed: Literal["forward", "forward for gradients", "backward"]
     case: Case = field(default_factory=dict)
-    columns: int | None = None
 
 
 SUBJECTS = (
-    Subject("NORM_FORWARD", "rms_norm", False),
-    Subject("NORM_BACKWARD", "rms_norm", True),
-    Subject("NORM_BACKWARD_BIAS", "layer_norm", True),
-    Subject("NORM_BACKWARD_BIAS_MIXED", "layer_norm", True, {"mixed": True}),
-    Subject("LONG_ROW", "rms_norm", False, columns=32768),
-    Subject("NORM_WEIGHT_GRADIENT", "rms_norm", True, columns=32768),
-    Subject("SOFTMAX_FORWARD", "softmax", False),
-    Subject("SOFTMAX_BACKWARD", "softmax", True),
-    Subject("CROSS_ENTROPY", "cross_entropy", False),
-    Subject("CROSS_ENTROPY_LONG", "cross_entropy", False, columns=50304),
-    Subject("CROSS_ENTROPY_LONG_GRADIENT", "linear_cross_entropy", False, {"classes": 50304}, columns=768),
-    Subject("ROTARY", "rotary_embedding", False, {"batch": 8, "heads": 12, "kv_heads": 12}),
-    Subject("ROTARY_INTERLEAVED", "rotary_embedding", False, {"batch": 8, "heads": 12, "interleaved": True}),
-    Subject("ELEMENTWISE", "silu", False, columns=4096),
+    Subject("NORM_FORWARD", "rms_norm", "forward"),
+    Subject("NORM_BACKWARD", "rms_norm", "backward"),
+    Subject("NORM_BACKWARD_BIAS", "layer_norm", "backward"),
+    Subject("NORM_BACKWARD_BIAS_MIXED", "layer_norm", "backward", {"mixed": True}),
+    Subject("LONG_ROW", "rms_norm", "forward", {"columns": 32768}),
+    Subject("NORM_WEIGHT_GRADIENT", "rms_norm", "backward", {"columns": 32768}),
+    Subject("SOFTMAX_FORWARD", "softmax", "forward"),
+    Subject("SOFTMAX_BACKWARD", "softmax", "backward"),
+    Subject("CROSS_ENTROPY", "cross_entropy", "forward"),
+    Subject("CROSS_ENTROPY_LONG", "cross_entropy", "forward", {"columns": 50304}),
+    # So narrow that the matrix products are cheap beside the rows of logits.
+    Subject(
+        "CROSS_ENTROPY_LONG_GRADIENT",
+        "linear_cross_entropy",
+        "forward for gradients",
+        {"rows": 16384, "columns": 64, "classes": 50304},
+    ),
+    Subject("ROTARY", "rotary_embedding", "forward", {"batch": 8, "heads": 12, "kv_heads": 12}),
+    Subject("ROTARY_INTERLEAVED", "rotary_embedding", "forward", {"batch": 8, "heads": 12, "interleaved": True}),
+    Subject("ELEMENTWISE", "silu", "forward", {"columns": 4096}),
 )
 
 
@@ -84,10 +88,9 @@ def candidates(config: Any, loops: bool) -> Iterator[Any]:
 
 def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
     """The call that lands in the bucket of `config`, with tensors of about `_TENSOR_BYTES`."""
-    columns = subject.columns or config.block_n
-    one = {**subject.case, "rows": 1, "columns": columns}
+    one = {"columns": getattr(config, "block_n", None), **subject.case, "rows": 1}
     rows = max(_CHECKED_ROWS, _TENSOR_BYTES // max(1, kernel.traffic(one, _DTYPE, False) // 2))
-    return {**one, "rows": rows}
+    return {**one, "rows": subject.case.get("rows", rows)}
 
 
 def spills(subject: Subject, case: Case, architecture: str) -> bool:
@@ -103,12 +106,12 @@ def accurate(subject: Subject, case: Case) -> bool:
 
 
 def milliseconds(subject: Subject, case: Case) -> float:
-    """Device time of the call's forward, or of its backward alone."""
+    """Device time of what the subject times."""
     kernel = kernel_named(subject.kernel)
     generator = torch.Generator("cuda").manual_seed(0)
     arguments = kernel.inputs(_DTYPE, "cuda", generator, **case)
-    if not subject.backward:
-        with torch.no_grad():
+    if subject.timed != "backward":
+        with torch.set_grad_enabled(subject.timed == "forward for gradients"):
             return _median_milliseconds(lambda: kernel.fused(**arguments))
     leaves = list(leaves_of(arguments).values())
     upstream = upstream_gradients(kernel.fused, arguments, generator)

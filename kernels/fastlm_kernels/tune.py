@@ -36,13 +36,14 @@ _DTYPE = torch.bfloat16
 class Subject:
     """A table of `configs`, and the call whose time decides about it.
 
-    timed     the forward alone, the forward of a call that will be differentiated, or the backward alone
+    timed     the forward, the backward, both where one table serves both, or the forward of a call that will be
+              differentiated
     case      options of that call; rows and columns follow from the bucket, unless given
     """
 
     table: str
     kernel: str
-    timed: Literal["forward", "forward for gradients", "backward"]
+    timed: Literal["forward", "backward", "both", "forward for gradients"]
     case: Case = field(default_factory=dict)
 
 
@@ -51,12 +52,12 @@ SUBJECTS = (
     Subject("NORM_BACKWARD", "rms_norm", "backward"),
     Subject("NORM_BACKWARD_BIAS", "layer_norm", "backward"),
     Subject("NORM_BACKWARD_BIAS_MIXED", "layer_norm", "backward", {"mixed": True}),
-    Subject("LONG_ROW", "rms_norm", "forward", {"columns": 32768}),
+    Subject("LONG_ROW", "rms_norm", "both", {"columns": 32768}),
     Subject("NORM_WEIGHT_GRADIENT", "rms_norm", "backward", {"columns": 32768}),
     Subject("SOFTMAX_FORWARD", "softmax", "forward"),
     Subject("SOFTMAX_BACKWARD", "softmax", "backward"),
-    Subject("CROSS_ENTROPY", "cross_entropy", "forward"),
-    Subject("CROSS_ENTROPY_LONG", "cross_entropy", "forward", {"columns": 50304}),
+    Subject("CROSS_ENTROPY", "cross_entropy", "both"),
+    Subject("CROSS_ENTROPY_LONG", "cross_entropy", "both", {"columns": 50304}),
     # So narrow that the matrix products are cheap beside the rows of logits.
     Subject(
         "CROSS_ENTROPY_LONG_GRADIENT",
@@ -64,9 +65,9 @@ SUBJECTS = (
         "forward for gradients",
         {"rows": 16384, "columns": 64, "classes": 50304},
     ),
-    Subject("ROTARY", "rotary_embedding", "forward", {"batch": 8, "heads": 12, "kv_heads": 12}),
-    Subject("ROTARY_INTERLEAVED", "rotary_embedding", "forward", {"batch": 8, "heads": 12, "interleaved": True}),
-    Subject("ELEMENTWISE", "silu", "forward", {"columns": 4096}),
+    Subject("ROTARY", "rotary_embedding", "both", {"batch": 8, "heads": 12, "kv_heads": 12}),
+    Subject("ROTARY_INTERLEAVED", "rotary_embedding", "both", {"batch": 8, "heads": 12, "interleaved": True}),
+    Subject("ELEMENTWISE", "silu", "both", {"columns": 4096}),
 )
 
 
@@ -110,15 +111,18 @@ def milliseconds(subject: Subject, case: Case) -> float:
     kernel = kernel_named(subject.kernel)
     generator = torch.Generator("cuda").manual_seed(0)
     arguments = kernel.inputs(_DTYPE, "cuda", generator, **case)
+    taken = 0.0
     if subject.timed != "backward":
         with torch.set_grad_enabled(subject.timed == "forward for gradients"):
-            return _median_milliseconds(lambda: kernel.fused(**arguments))
-    leaves = list(leaves_of(arguments).values())
-    upstream = upstream_gradients(kernel.fused, arguments, generator)
-    # Captured on the stream of the forward: autograd replays a node on the stream that recorded it.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        outputs = outputs_of(kernel.fused, arguments)
-        return _median_milliseconds(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+            taken += _median_milliseconds(lambda: kernel.fused(**arguments))
+    if subject.timed in ("backward", "both"):
+        leaves = list(leaves_of(arguments).values())
+        upstream = upstream_gradients(kernel.fused, arguments, generator)
+        # Captured on the stream of the forward: autograd replays a node on the stream that recorded it.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outputs = outputs_of(kernel.fused, arguments)
+            taken += _median_milliseconds(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+    return taken
 
 
 def _median_milliseconds(run: Callable[[], object]) -> float:

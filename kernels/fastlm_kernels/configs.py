@@ -280,6 +280,13 @@ LINEAR_SCALE_BLOCK = 2048
 LINEAR_SCALE_WARPS = 4
 
 
+# Optimizers: a program updates one chunk of one tensor, tile by tile. 1024 elements are one 128-bit load a thread and
+# fp32 tensor with 8 warps; 8 tiles a program hide what it reads first, its row of the table.
+OPTIM_CHUNK = 8192
+OPTIM_BLOCK = 1024
+OPTIM_WARPS = 8
+
+
 # Tables by name, for `tune`.
 
 

@@ -1,23 +1,28 @@
-"""Our keywords of every optimizer, as hooks around torch's own `step`.
+"""Our keywords of every optimizer, and which path a step takes.
 
-    before   closure evaluated;  norm = sqrt(sum over all gradients of g^2)
-             skip_nonfinite and norm not finite: gradients set aside, so that `step` finds nothing to do
-             max_grad_norm: g *= min(1, max_grad_norm / (norm + 1e-6)), in place, as `clip_grad_norm_` does
-    step     torch's, untouched
-    after    gradients set aside return;  zero_grads: gradients filled with 0, `p.grad` kept
-
-Hooks and no override of `step`: torch's hook wrappers, learning-rate schedulers and profiler labels stay as they are.
+    kernels   `_plan.Plan`: one launch updates all parameters of a form, the options folded into it
+    torch     closure;  norm = sqrt(sum over all gradients of g^2)
+              skip_nonfinite and norm not finite: torch's step is left out
+              max_grad_norm: g *= min(1, max_grad_norm / (norm + 1e-6)), in place, as `clip_grad_norm_` does
+              torch's own step, on fp32 copies under master_weights and stochastic_rounding
+              zero_grads: gradients filled with 0, `p.grad` kept
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .. import _runtime
+from ._plan import KERNEL_DTYPES, MASTER, SEED, STEP, Member, Plan, Rule, capturing_graph, dense, make_member
+from ._rounding import round_stochastically
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,10 @@ class StepOptions:
             raise ValueError(f"max_grad_norm: got {limit!r}; give a finite number above 0, or None for no clipping")
         if self.state_bits not in (8, 32):
             raise ValueError(f"state_bits: got {self.state_bits!r}; give 32, the only width there is so far")
-        for name in ("master_weights", "stochastic_rounding"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}: got True; it arrives with the fused optimizers, leave it at False until then"
-                )
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "stochastic_rounding: got True beside master_weights=True; leave one out, masters lose no update"
+            )
         if self.state_bits == 8:
             raise ValueError("state_bits: got 8; it arrives with the fused optimizers, leave it at 32 until then")
 
@@ -52,9 +56,9 @@ class StepOptions:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     @property
-    def active(self) -> bool:
-        """Whether anything differs from torch's step."""
-        return self.needs_norm or self.zero_grads
+    def wide(self) -> bool:
+        """Whether 16-bit parameters are updated in fp32, with fp32 states."""
+        return self.master_weights or self.stochastic_rounding
 
 
 def gradients(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
@@ -76,11 +80,13 @@ def fill_with_zeros(grads: list[Tensor]) -> None:
 
 
 class WithOptions:
-    """Mixin before a `torch.optim` class: takes our keywords out of the constructor and hooks them in.
+    """Mixin before a `torch.optim` class: our keywords, and a step that takes the kernels where they can run.
 
     grad_norm      0-d tensor, the last step's norm before clipping; None where no option asks for it
     skipped_steps  0-d int64 tensor, how many steps `skip_nonfinite` has left out
     """
+
+    rule: ClassVar[Rule | None] = None
 
     options: StepOptions
     grad_norm: Tensor | None
@@ -100,61 +106,242 @@ class WithOptions:
         options = StepOptions(
             max_grad_norm, skip_nonfinite, master_weights, stochastic_rounding, zero_grads, state_bits
         )
-        super().__init__(*args, **kwargs)
         self._install(options, torch.zeros((), dtype=torch.int64))
+        super().__init__(*args, **kwargs)
+        if options.wide:
+            _widen(self)
 
     def _install(self, options: StepOptions, skipped_steps: Tensor) -> None:
         self.options, self.skipped_steps = options, skipped_steps
         self.grad_norm = None
-        self._set_aside: list[tuple[Tensor, Tensor]] = []
-        if options.active:
-            self.register_step_pre_hook(_before_step)  # type: ignore[attr-defined]
-            self.register_step_post_hook(_after_step)  # type: ignore[attr-defined]
+        self._plan: Plan | None = None
+        self._captured: list[Plan] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # deepcopy and pickle drop an optimizer's hooks: without this a copy would quietly stop clipping.
+        # torch keeps defaults, state and groups alone when an optimizer is copied or pickled.
         return {**super().__getstate__(), "fastlm_options": (self.options, self.skipped_steps)}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         installed = state.pop("fastlm_options", None)
-        super().__setstate__(state)  # type: ignore[misc]
         if installed is not None:
             self._install(*installed)
+        super().__setstate__(state)  # type: ignore[misc]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler's question: may it leave scale and inf check to `step`, on the device?"""
+        return self.__dict__.get("_torch_scales", False) or _obstacle(self) is None
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_torch_scales"] = value
+
+    @_runtime.with_kernel
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; the closure's result, if one is given."""
+        return opaque(_step)(self, closure)
+
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every state keeps the dtype it was saved in (torch casts it to the parameter's)."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        keep_dtypes(self, state_dict)
 
 
-def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    closure = kwargs.get("closure", next(iter(args[1:]), None))
-    result = None
+def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` hidden from Dynamo, which is not imported for it (most of a second) where nobody else has."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return fn if dynamo is None else dynamo.disable(fn)
+
+
+def keep_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Copies of the saved states in place of torch's, which it has cast to the parameters' dtype."""
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, p in zip(saved_ids, params, strict=True):
+        for key, value in state_dict["state"].get(saved_id, {}).items():
+            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:
+                optimizer.state[p][key] = value.detach().to(p.device, copy=True)
+
+
+def _widen(optimizer: Any) -> None:
+    """States that torch made with the optimizer (Adagrad's) in fp32, before their first use."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state[p].items() if p in optimizer.state else ():
+                if key != "step" and value.dtype in (torch.float16, torch.bfloat16):
+                    initial = optimizer.rule.initial(group)
+                    optimizer.state[p][key] = torch.full_like(p, initial, dtype=torch.float32, requires_grad=False)
+
+
+@torch.no_grad()
+def _step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    fused = _runtime.choose(first, obstacle=_obstacle(optimizer))
+    loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-        result = ((optimizer, lambda: loss), {})
-    if optimizer.options.needs_norm:
-        _clip_or_set_aside(optimizer)
-    return result
+    if not (fused and _step_fused(optimizer)):
+        _step_torch(optimizer)
+    return loss
 
 
-@torch.no_grad()
-def _clip_or_set_aside(optimizer: Any) -> None:
+def _obstacle(optimizer: Any) -> str | None:
+    """Why the kernels do not cover this optimizer, whatever the gradients."""
+    if optimizer.rule is None:
+        return f"{type(optimizer).__name__} has no fused update"
+    device: torch.device | None = None
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            return "differentiable=True"
+        values = (group["lr"], group.get("weight_decay", 0.0), *group.get("betas", ()))
+        if any(isinstance(v, Tensor) for v in values[2:]):
+            return "betas are tensors"
+        if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+            return "a hyperparameter requires a gradient"
+        for p in group["params"]:
+            if p.dtype not in KERNEL_DTYPES:
+                return f"a {p.dtype} parameter"
+            if device is not None and p.device != device:
+                return f"parameters lie on {device} and {p.device}"
+            device = p.device
+    if device is None:
+        return "no parameters"
+    return None if not _runtime.HAS_TRITON else _runtime._device_obstacle(device)
+
+
+def _step_fused(optimizer: Any) -> bool:
+    """One step by the kernels; False, with nothing done, where a gradient is none that they read."""
+    groups = optimizer.param_groups
+    params, grads, numbers = [], [], []
+    for number, group in enumerate(groups):
+        for p in group["params"]:
+            grad = p.grad
+            if grad is not None:
+                params.append(p)
+                grads.append(grad)
+                numbers.append(number)
+    device = groups[0]["params"][0].device
+    if capturing_graph(device) and len(params) != sum(len(group["params"]) for group in groups):
+        raise RuntimeError("captured step(): a parameter has no gradient; fill every p.grad before, and keep it")
+    if not params:
+        return True
+    plan: Plan | None = optimizer._plan
+    if plan is None or not plan.fits(optimizer.rule, [id(p) for p in params], grads, groups, optimizer.state):
+        if any(_runtime._not_plain(t) or t.dtype not in KERNEL_DTYPES for t in (*params, *grads)):
+            return False
+        if not all(dense(p) for p in params):
+            return False
+        plan = optimizer._plan = _make_plan(optimizer, params, grads, numbers)
+    elif any(grad.layout is not torch.strided or grad.is_neg() for grad in grads):
+        return False
+    if capturing_graph(device):
+        optimizer._captured.append(plan)
+    scaling = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+    norm = plan.run(grads, groups, scaling, optimizer.skipped_steps)
+    optimizer.grad_norm = norm
+    return True
+
+
+def _make_plan(optimizer: Any, params: list[Tensor], grads: list[Tensor], numbers: list[int]) -> Plan:
+    options, groups = optimizer.options, optimizer.param_groups
+    if options.stochastic_rounding:
+        for group in groups:
+            group.setdefault(SEED, 0)
+    places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+    members: list[Member] = []
+    for p, number in zip(params, numbers, strict=True):
+        members.append(
+            make_member(optimizer.rule, number, places[id(p)], groups[number], p, optimizer.state[p], options)
+        )
+    optimizer.skipped_steps = optimizer.skipped_steps.to(params[0].device)
+    return Plan(optimizer.rule, members, grads, groups, options)
+
+
+def _step_torch(optimizer: Any) -> None:
+    """torch's own step, between what our keywords ask for."""
     grads = gradients(optimizer.param_groups)
     options: StepOptions = optimizer.options
-    norm = torch.nn.utils.get_total_norm(grads)
-    optimizer.grad_norm = norm
-    if options.skip_nonfinite and not bool(torch.isfinite(norm)):
-        optimizer.skipped_steps += 1
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    optimizer._set_aside.append((p, p.grad))
-                    p.grad = None
-    elif options.max_grad_norm is not None:
-        clip_in_place(grads, norm, options.max_grad_norm)
+    skip = _unscale(optimizer, grads)
+    if options.needs_norm and grads:
+        optimizer.grad_norm = norm = torch.nn.utils.get_total_norm(grads)
+        if options.skip_nonfinite and not bool(torch.isfinite(norm)):
+            optimizer.skipped_steps += 1
+            skip = True
+        elif options.max_grad_norm is not None:
+            clip_in_place(grads, norm, options.max_grad_norm)
+    if not skip:
+        with _in_fp32(optimizer):
+            _unhooked_step(optimizer)
+    if options.zero_grads:
+        fill_with_zeros(grads)
 
 
-@torch.no_grad()
-def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for p, grad in optimizer._set_aside:
-        p.grad = grad
-    optimizer._set_aside.clear()
-    if optimizer.options.zero_grads:
-        fill_with_zeros(gradients(optimizer.param_groups))
+def _unhooked_step(optimizer: Any) -> None:
+    """The step of the torch class that this one derives from, without hooks: ours has run them."""
+    classes = type(optimizer).__mro__
+    step = super(WithOptions, optimizer).step.__func__  # type: ignore[misc]
+    assert WithOptions in classes
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def _unscale(optimizer: Any, grads: list[Tensor]) -> bool:
+    """GradScaler's part where torch's step does not take it: gradients unscaled in place; whether to skip the step."""
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scale is None and found_inf is None:
+        return False
+    if scale is not None:
+        for grad in grads:
+            grad.mul_(scale.double().reciprocal().to(grad.device, torch.float32))
+        optimizer.grad_scale = None
+    optimizer.found_inf = None
+    return found_inf is not None and bool(found_inf)
+
+
+@contextlib.contextmanager
+def _in_fp32(optimizer: Any) -> Iterator[None]:
+    """Under master_weights and stochastic_rounding: 16-bit parameters are fp32 copies inside, and rounded after."""
+    if not optimizer.options.wide:
+        yield
+        return
+    swapped: list[tuple[dict[str, Any], int, Tensor, Tensor]] = []
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and p.dtype in (torch.float16, torch.bfloat16):
+                swapped.append((group, i, p, _swap_in(optimizer, p)))
+                group["params"][i] = swapped[-1][3]
+    try:
+        yield
+    finally:
+        for group, i, p, copy in swapped:
+            group["params"][i] = p
+            _swap_out(optimizer, group, p, copy)
+
+
+def _swap_in(optimizer: Any, p: Tensor) -> Tensor:
+    state = optimizer.state.pop(p, {})
+    copy = state.pop(MASTER, None)
+    if copy is None:
+        copy = p.detach().to(torch.float32, copy=True)
+    copy.grad = p.grad.to(torch.float32)  # type: ignore[union-attr]
+    if state:
+        optimizer.state[copy] = state
+    return copy
+
+
+def _swap_out(optimizer: Any, group: dict[str, Any], p: Tensor, copy: Tensor) -> None:
+    copy.grad = None
+    state = optimizer.state[p] = optimizer.state.pop(copy, {})
+    if optimizer.options.master_weights:
+        state[MASTER] = copy
+        p.copy_(copy)
+        return
+    places = [q for g in optimizer.param_groups for q in g["params"]]
+    index = next(i for i, q in enumerate(places) if q is p)
+    key = "step" if "step" in state else STEP
+    if key == STEP:
+        state[STEP] = state.get(STEP, torch.zeros((), device=p.device)) + 1
+    step = torch.as_tensor(state[key])
+    p.copy_(round_stochastically(copy, group.setdefault(SEED, 0), index, step))

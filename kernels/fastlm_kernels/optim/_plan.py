@@ -1,0 +1,422 @@
+"""What one launch needs on the device, kept from step to step: addresses, sizes, chunks and hyperparameters.
+
+A `Plan` is made for the parameters that have gradients. Each step compares every address with the last step's, on the
+host; gradients' addresses, which `zero_grad(set_to_none=True)` changes nearly every time, and the groups' scalars lie in
+one small buffer, sent again when one of them differs. A tensor that joins, leaves or moves makes a new plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _runtime, configs
+from .._runtime import launch, tl
+from ._rounding import seed_of
+from ._update import FIELDS, SCALARS, control_kernel, norm_partial_kernel, update_kernel
+
+MASTER = "fastlm/master"
+SEED = "fastlm/seed"
+STEP = "fastlm/step"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a class's groups mean to the kernel.
+
+    name      the kernel's RULE
+    states    keys of the three states; None for one that the group's options leave out
+    step      key of the step count in a parameter's state, None where nothing needs one
+    switch    the kernel's SWITCH: decoupled decay, Nesterov
+    scalars   b1, its complement, b2, its complement, eps and the extra one, in SCALARS' order
+    initial   the value that a new state starts from
+    """
+
+    name: str
+    states: Callable[[Group], tuple[str | None, str | None, str | None]]
+    scalars: Callable[[Group], tuple[float, float, float, float, float, float]]
+    step: Callable[[Group], str | None] = lambda group: "step"
+    switch: Callable[[Group], bool] = lambda group: False
+    initial: Callable[[Group], float] = lambda group: 0.0
+
+
+@dataclass(frozen=True)
+class Form:
+    """What must be equal for tensors to share a launch: the kernel's constants."""
+
+    switch: bool
+    param: torch.dtype
+    grad: torch.dtype
+    states: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+    master: torch.dtype | None
+    step: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter: its group's number and its tensors (parameter, three states, master, step; None: has none)."""
+
+    group: int
+    index: int
+    tensors: tuple[Tensor | None, ...]
+    keys: tuple[str | None, ...]
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter itself."""
+        param = self.tensors[0]
+        assert param is not None
+        return param
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, each once, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def laid_out_as(param: Tensor, value: Tensor) -> Tensor:
+    """`value` in the memory order of `param`; itself if it lies so."""
+    if value.stride() == param.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def capturing_graph(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and not _runtime.INTERPRETED and torch.cuda.is_current_stream_capturing()
+
+
+class Upload:
+    """Words on the device, sent again only when they differ, through pinned memory that is not overwritten too early.
+
+    A captured graph repeats its copies: it gets buffers of its own, which nothing else writes.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.words: list[int] = []
+        self.tensor = torch.empty(0, dtype=torch.int64, device=device)
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._captured: list[Tensor] = []
+
+    def reserve(self, count: int) -> Tensor:
+        """The device buffer that `count` words will be sent to: words may hold addresses inside it."""
+        if capturing_graph(self.device):
+            self._captured.append(torch.empty(count, dtype=torch.int64, device=self.device))
+            return self._captured[-1]
+        if self.tensor.numel() != count:
+            self.tensor, self.words = torch.empty(count, dtype=torch.int64, device=self.device), []
+        return self.tensor
+
+    def send(self, words: list[int], buffer: Tensor) -> None:
+        """Fill a reserved buffer."""
+        if buffer is not self.tensor:
+            self._captured.append(torch.tensor(words, dtype=torch.int64).pin_memory())
+            buffer.copy_(self._captured[-1], non_blocking=True)
+        elif words != self.words:
+            host = torch.tensor(words, dtype=torch.int64)
+            if self.device.type != "cuda" or _runtime.INTERPRETED:
+                buffer.copy_(host)
+            else:
+                buffer.copy_(self._staged(host), non_blocking=True)
+                self._staging[-1][1].record()
+            self.words = words
+
+    def _staged(self, host: Tensor) -> Tensor:
+        """`host` in pinned memory whose last copy is over: two buffers, more only if the device falls behind."""
+        if self._staging and self._staging[0][0].numel() == host.numel() and self._staging[0][1].query():
+            self._staging.append(self._staging.pop(0))
+        else:
+            if len(self._staging) >= 2 and self._staging[0][0].numel() != host.numel():
+                self._staging.clear()
+            self._staging.append((torch.empty_like(host, pin_memory=True), torch.cuda.Event()))
+        return self._staging[-1][0].copy_(host)
+
+
+def _float_words(values: Iterable[float]) -> list[int]:
+    """fp32 values, two to an int64, as they lie in memory."""
+    return torch.tensor(tuple(values), dtype=torch.float32).view(torch.int64).tolist()
+
+
+def _log(b: float) -> float:
+    # b = 0 forgets everything: t ln b must be far below 0, and finite.
+    return math.log(b) if b > 0 else -1e4
+
+
+def _triton_dtype(dtype: torch.dtype | None) -> Any:
+    return None if dtype is None else getattr(tl, str(dtype).removeprefix("torch."))
+
+
+class Bundle:
+    """The tensors of one launch."""
+
+    def __init__(self, rule: Rule, form: Form, members: list[Member], groups: list[Group]):
+        self.rule, self.form, self.members = rule, form, members
+        self.device = members[0].param.device
+        self.groups = sorted({member.group for member in members})
+        counts = [max(1, -(-m.param.numel() // configs.OPTIM_CHUNK)) for m in members]
+        self.chunks = sum(counts)
+        owners = torch.repeat_interleave(torch.arange(len(members), dtype=torch.int32), torch.tensor(counts))
+        self.owners = _on_device(owners, self.device)
+        self.table = _on_device(self._table(counts, groups), self.device)
+        self.tickets = torch.zeros(len(members), dtype=torch.int32, device=self.device)
+        self.upload = Upload(self.device)
+        self.grads: list[Tensor] = []
+        self.scalars: dict[int, tuple[Any, list[int]]] = {}
+        self.keep: list[Tensor] = []
+
+    def _table(self, counts: list[int], groups: list[Group]) -> Tensor:
+        rows, first = [], 0
+        for member, count in zip(self.members, counts, strict=True):
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in member.tensors]
+            seed = seed_of(groups[member.group].get(SEED, 0), member.index)
+            rows.append([*addresses, member.param.numel(), first, seed, self.groups.index(member.group)])
+            first += count
+        table = torch.tensor(rows, dtype=torch.int64)
+        assert table.shape[1] == len(FIELDS)
+        return table
+
+    def send(self, grads: list[Tensor], groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """(GRADS, SCALARS) on the device, for these gradients and the groups' present hyperparameters."""
+        count, width = len(grads) + 2 * len(self.groups), len(SCALARS)
+        count += count % 2  # SCALARS starts on a 16-byte boundary
+        buffer = self.upload.reserve(count + width // 2 * len(self.groups))
+        self.keep.clear()
+        addresses, rows = [], []
+        for i, number in enumerate(self.groups):
+            group = groups[number]
+            own = buffer.data_ptr() + 8 * count + 4 * width * i
+            for j, name in enumerate(("lr", "weight_decay")):
+                addresses.append(self._address(group[name], own + 4 * (SCALARS.index("lr") + j)))
+            rows += self._row(number, group)
+        words = [grad.data_ptr() for grad in grads] + addresses
+        words += [0] * (count - len(words)) + rows
+        self.upload.send(words, buffer)
+        return buffer, buffer[count:].view(torch.float32)
+
+    def _address(self, value: float | Tensor, otherwise: int) -> int:
+        """Where the kernel finds a hyperparameter: a tensor of this device, or its slot in SCALARS."""
+        if not isinstance(value, Tensor) or value.device != self.device:
+            return otherwise
+        if value.dtype != torch.float32:
+            value = value.to(torch.float32)
+        self.keep.append(value)
+        return value.data_ptr()
+
+    def _row(self, number: int, group: Group) -> list[int]:
+        """The group's row of SCALARS."""
+        lr, decay = (self._number(group[name]) for name in ("lr", "weight_decay"))
+        scalars = (lr, decay, bool(group.get("maximize", False)), *self.rule.scalars(group))
+        known = self.scalars.get(number)
+        if known is None or known[0] != scalars:
+            b1, c1, b2, c2, eps, extra = scalars[3:]
+            sign = -1.0 if scalars[2] else 1.0
+            row = (sign, b1, c1, b2, c2, _log(b1), _log(b2), eps, extra, lr, decay, 0.0)
+            known = self.scalars[number] = (scalars, _float_words(row))
+        return known[1]
+
+    def _number(self, value: float | Tensor) -> float:
+        """A hyperparameter's value where the host has it: a tensor of the device is read there."""
+        return 0.0 if isinstance(value, Tensor) and value.device == self.device else float(value)
+
+    def launch_norm(self, buffer: Tensor, partial: Tensor, offset: int) -> None:
+        """Fill this bundle's part of the partial sums of squares."""
+        launch(
+            norm_partial_kernel,
+            (self.chunks,),
+            (self.table, buffer, self.owners, partial, offset),
+            num_warps=configs.OPTIM_WARPS,
+            GRAD=_triton_dtype(self.form.grad),
+            FIELDS=len(FIELDS),
+            CHUNK=configs.OPTIM_CHUNK,
+            BLOCK=configs.OPTIM_BLOCK,
+        )
+
+    def launch_update(
+        self, buffer: Tensor, scalars: Tensor, control: Tensor | None, stochastic: bool, zero: bool
+    ) -> None:
+        """Update every tensor of the bundle."""
+        form = self.form
+        launch(
+            update_kernel,
+            (self.chunks,),
+            (
+                *(self.table, buffer, scalars, self.owners, scalars if control is None else control),
+                *(self.tickets, len(self.members)),
+            ),
+            num_warps=configs.OPTIM_WARPS,
+            RULE=self.rule.name,
+            SWITCH=form.switch,
+            PARAM=_triton_dtype(form.param),
+            GRAD=_triton_dtype(form.grad),
+            STATE0=_triton_dtype(form.states[0]),
+            STATE1=_triton_dtype(form.states[1]),
+            STATE2=_triton_dtype(form.states[2]),
+            MASTER=_triton_dtype(form.master),
+            STEP=form.step,
+            CONTROLLED=control is not None,
+            STOCHASTIC=stochastic and form.param == torch.bfloat16,
+            ZERO_GRADS=zero,
+            FIELDS=len(FIELDS),
+            SCALAR_FIELDS=len(SCALARS),
+            CHUNK=configs.OPTIM_CHUNK,
+            BLOCK=configs.OPTIM_BLOCK,
+        )
+
+
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for."""
+    if device.type == "cuda" and not _runtime.INTERPRETED:
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+class Plan:
+    """The launches of one optimizer step."""
+
+    def __init__(self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], options: Any):
+        self.options = options
+        self.members = members
+        self.ids = [id(member.param) for member in members]
+        self.forms = group_forms(rule, groups)
+        self.strides = [member.param.stride() for member in members]
+        self.grads: list[Tensor] = [torch.empty(0)] * len(members)
+        self.addresses = self._addresses()
+        positions: dict[Form, list[int]] = {}
+        for position, (member, grad) in enumerate(zip(members, grads, strict=True)):
+            positions.setdefault(form_of(rule, member, grad, groups), []).append(position)
+        self.parts = [
+            (Bundle(rule, form, [members[i] for i in chosen], groups), chosen) for form, chosen in positions.items()
+        ]
+        device = members[0].param.device
+        self.device = device
+        self.control = torch.empty(2, dtype=torch.float32, device=device)
+        self.partial = torch.empty(sum(bundle.chunks for bundle, _ in self.parts), device=device)
+        self.one = torch.ones((), device=device)
+
+    def _addresses(self) -> list[int]:
+        return [t.data_ptr() for member in self.members for t in member.tensors if t is not None]
+
+    def fits(self, rule: Rule, ids: list[int], grads: list[Tensor], groups: list[Group], states: Any) -> bool:
+        """Whether the plan still describes these parameters, their states and their options."""
+        if ids != self.ids or group_forms(rule, groups) != self.forms:
+            return False
+        for member in self.members:
+            state = states[member.tensors[0]]
+            for key, tensor in zip(member.keys, member.tensors, strict=True):
+                if key is not None and state.get(key) is not tensor:
+                    return False
+        for bundle, chosen in self.parts:
+            if any(grads[i].dtype != bundle.form.grad for i in chosen):
+                return False
+        return self._addresses() == self.addresses
+
+    def gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients in their parameters' memory order: copies where they lie otherwise."""
+        if any(g.stride() != s for g, s in zip(grads, self.strides, strict=True)):
+            return [laid_out_as(m.param, g) for m, g in zip(self.members, grads, strict=True)]
+        return grads
+
+    def run(self, grads: list[Tensor], groups: list[Group], scaling: Any, skipped: Tensor) -> Tensor | None:
+        """One step; the norm, if an option asks for it. `scaling`: GradScaler's (scale, found_inf), each may be None."""
+        options, placed = self.options, self.gradients(grads)
+        sent = [bundle.send([placed[i] for i in chosen], groups) for bundle, chosen in self.parts]
+        grad_scale, found_inf = scaling
+        controlled = options.needs_norm or grad_scale is not None or found_inf is not None
+        norm = torch.empty((), device=self.device) if options.needs_norm else None
+        if options.needs_norm:
+            offset = 0
+            for (bundle, _), (buffer, _) in zip(self.parts, sent, strict=True):
+                bundle.launch_norm(buffer, self.partial, offset)
+                offset += bundle.chunks
+        if controlled:
+            self._launch_control(norm, grad_scale, found_inf, skipped)
+        control = self.control if controlled else None
+        for (bundle, _), (buffer, scalars) in zip(self.parts, sent, strict=True):
+            bundle.launch_update(buffer, scalars, control, options.stochastic_rounding, options.zero_grads)
+        if options.zero_grads and placed is not grads:
+            for copy, grad in zip(placed, grads, strict=True):
+                if copy is not grad:
+                    grad.zero_()
+        return norm
+
+    def _launch_control(
+        self, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, skipped: Tensor
+    ) -> None:
+        options, limit = self.options, self.options.max_grad_norm
+        launch(
+            control_kernel,
+            (1,),
+            (
+                self.partial,
+                self.one if grad_scale is None else grad_scale,
+                self.one if found_inf is None else found_inf,
+                self.one if norm is None else norm,
+                *(self.control, skipped, self.partial.numel(), 0.0 if limit is None else float(limit)),
+            ),
+            num_warps=configs.OPTIM_WARPS,
+            HAS_NORM=norm is not None,
+            CLIP=limit is not None,
+            SKIP_NONFINITE=options.skip_nonfinite,
+            HAS_SCALE=grad_scale is not None,
+            HAS_FOUND=found_inf is not None,
+            BLOCK=configs.OPTIM_BLOCK,
+        )
+
+
+def group_forms(rule: Rule, groups: list[Group]) -> list[Any]:
+    """What of each group's options decides the launch and the states."""
+    return [(rule.states(group), rule.switch(group), rule.step(group), group.get(SEED, 0)) for group in groups]
+
+
+def form_of(rule: Rule, member: Member, grad: Tensor, groups: list[Group]) -> Form:
+    """The member's form."""
+    dtypes = [None if tensor is None else tensor.dtype for tensor in member.tensors]
+    switch = rule.switch(groups[member.group])
+    return Form(switch, member.param.dtype, grad.dtype, tuple(dtypes[1:4]), dtypes[4], dtypes[5] is not None)  # type: ignore[arg-type]
+
+
+def make_member(
+    rule: Rule, number: int, index: int, group: Group, param: Tensor, state: dict[str, Any], options: Any
+) -> Member:
+    """The parameter's tensors, those of its state that are not there yet made; torch's own keys, torch's own shapes.
+
+    With wide options states are fp32 whatever the parameter's dtype; a 16-bit parameter may have an fp32 master.
+    """
+    keys, step = rule.states(group), rule.step(group)
+    if step is None and options.stochastic_rounding:
+        step = STEP
+    missing = [key for key in keys if key is not None and state.get(key) is None]
+    has_master = options.master_weights and param.dtype != torch.float32
+    if (missing or (has_master and MASTER not in state)) and capturing_graph(param.device):
+        raise RuntimeError("the optimizer's state is made in its first step: run one before capturing a graph")
+    if step is not None:
+        # Our own count of SGD's steps is missing from torch's states, whose first step is over.
+        began = 0.0 if missing or step == "step" or not any(keys) else 1.0
+        count = torch.as_tensor(state.get(step, began))
+        state[step] = count.to(param.device, torch.float32)
+    for key in missing:
+        dtype = torch.float32 if options.wide else param.dtype
+        state[key] = torch.full_like(param, rule.initial(group), dtype=dtype, requires_grad=False)
+    if has_master and MASTER not in state:
+        state[MASTER] = param.detach().to(torch.float32, copy=True)
+    named = (*keys, MASTER if has_master else None)
+    for key in named:
+        if key is not None:
+            state[key] = laid_out_as(param, state[key])
+    tensors = (param, *(None if key is None else state[key] for key in (*named, step)))
+    return Member(number, index, tensors, (None, *named, step))

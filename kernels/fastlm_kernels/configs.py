@@ -280,11 +280,29 @@ LINEAR_SCALE_BLOCK = 2048
 LINEAR_SCALE_WARPS = 4
 
 
-# Optimizers: a program updates one chunk of one tensor, tile by tile. 1024 elements are one 128-bit load a thread and
-# fp32 tensor with 8 warps; 8 tiles a program hide what it reads first, its row of the table.
+@dataclass(frozen=True)
+class OptimConfig:
+    """A program's part of a tensor: `chunk` elements, walked in tiles of `block`, worked on by `num_warps` warps."""
+
+    chunk: int
+    block: int
+    num_warps: int
+
+
+# Chunks do not depend on the tile, so that one map of them serves all. 8 tiles of fp32 hide what a program reads before
+# the first one: its row of the table, the group's scalars, the step.
 OPTIM_CHUNK = 8192
-OPTIM_BLOCK = 1024
-OPTIM_WARPS = 8
+_OPTIM_THREADS = 256
+
+
+def optim_config(architecture: str, *itemsizes: int) -> OptimConfig:
+    """For tensors of these element sizes: one 128-bit load a thread and tile of the widest.
+
+    Fewer bits of a narrower tensor beside it: with more, its layout and the widest's differ, and each store goes
+    through shared memory.
+    """
+    warps = _OPTIM_THREADS // (64 if architecture.startswith("gfx") else 32)
+    return OptimConfig(OPTIM_CHUNK, _OPTIM_THREADS * 16 // max(itemsizes), warps)
 
 
 # Tables by name, for `tune`.

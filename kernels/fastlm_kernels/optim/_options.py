@@ -1,11 +1,11 @@
 """Our keywords of every optimizer, and which path a step takes.
 
-    kernels   `_plan.Plan`: one launch updates all parameters of a form, the options folded into it
-    torch     closure;  norm = sqrt(sum over all gradients of g^2)
-              skip_nonfinite and norm not finite: torch's step is left out
-              max_grad_norm: g *= min(1, max_grad_norm / (norm + 1e-6)), in place, as `clip_grad_norm_` does
-              torch's own step, on fp32 copies under master_weights and stochastic_rounding
-              zero_grads: gradients filled with 0, `p.grad` kept
+kernels   `_plan.Plan`: one launch updates all parameters of a form, the options folded into it
+torch     closure;  norm = sqrt(sum over all gradients of g^2)
+          skip_nonfinite and norm not finite: torch's step is left out
+          max_grad_norm: g *= min(1, max_grad_norm / (norm + 1e-6)), in place, as `clip_grad_norm_` does
+          torch's own step, on fp32 copies under master_weights and stochastic_rounding
+          zero_grads: gradients filled with 0, `p.grad` kept
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What one launch needs on the device, kept from step to step: addresses, sizes, chunks and hyperparameters.
 
 A `Plan` is made for the parameters that have gradients. Each step compares every address with the last step's, on the
-host; gradients' addresses, which `zero_grad(set_to_none=True)` changes nearly every time, and the groups' scalars lie in
-one small buffer, sent again when one of them differs. A tensor that joins, leaves or moves makes a new plan.
+host; gradients' addresses, which `zero_grad(set_to_none=True)` changes nearly every time, and the groups' scalars lie
+in one small buffer, sent again when one of them differs. A tensor that joins, leaves or moves makes a new plan.
 """
 
 from __future__ import annotations
@@ -235,15 +235,16 @@ class Bundle:
 
     def launch_norm(self, buffer: Tensor, partial: Tensor, offset: int) -> None:
         """Fill this bundle's part of the partial sums of squares."""
+        config = configs.optim_config(_runtime.architecture(self.device), self.form.grad.itemsize)
         launch(
             norm_partial_kernel,
             (self.chunks,),
             (self.table, buffer, self.owners, partial, offset),
-            num_warps=configs.OPTIM_WARPS,
+            num_warps=config.num_warps,
             GRAD=_triton_dtype(self.form.grad),
             FIELDS=len(FIELDS),
-            CHUNK=configs.OPTIM_CHUNK,
-            BLOCK=configs.OPTIM_BLOCK,
+            CHUNK=config.chunk,
+            BLOCK=config.block,
         )
 
     def launch_update(
@@ -251,6 +252,9 @@ class Bundle:
     ) -> None:
         """Update every tensor of the bundle."""
         form = self.form
+        dtypes = (form.param, form.grad, *form.states, form.master)
+        sizes = [dtype.itemsize for dtype in dtypes if dtype is not None]
+        config = configs.optim_config(_runtime.architecture(self.device), *sizes)
         launch(
             update_kernel,
             (self.chunks,),
@@ -258,7 +262,7 @@ class Bundle:
                 *(self.table, buffer, scalars, self.owners, scalars if control is None else control),
                 *(self.tickets, len(self.members)),
             ),
-            num_warps=configs.OPTIM_WARPS,
+            num_warps=config.num_warps,
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),
@@ -273,8 +277,8 @@ class Bundle:
             ZERO_GRADS=zero,
             FIELDS=len(FIELDS),
             SCALAR_FIELDS=len(SCALARS),
-            CHUNK=configs.OPTIM_CHUNK,
-            BLOCK=configs.OPTIM_BLOCK,
+            CHUNK=config.chunk,
+            BLOCK=config.block,
         )
 
 
@@ -332,7 +336,7 @@ class Plan:
         return grads
 
     def run(self, grads: list[Tensor], groups: list[Group], scaling: Any, skipped: Tensor) -> Tensor | None:
-        """One step; the norm, if an option asks for it. `scaling`: GradScaler's (scale, found_inf), each may be None."""
+        """One step; the norm, if an option asks for it. `scaling`: GradScaler's scale and found_inf, or None."""
         options, placed = self.options, self.gradients(grads)
         sent = [bundle.send([placed[i] for i in chosen], groups) for bundle, chosen in self.parts]
         grad_scale, found_inf = scaling
@@ -358,6 +362,7 @@ class Plan:
         self, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, skipped: Tensor
     ) -> None:
         options, limit = self.options, self.options.max_grad_norm
+        config = configs.optim_config(_runtime.architecture(self.device), self.partial.itemsize)
         launch(
             control_kernel,
             (1,),
@@ -368,13 +373,13 @@ class Plan:
                 self.one if norm is None else norm,
                 *(self.control, skipped, self.partial.numel(), 0.0 if limit is None else float(limit)),
             ),
-            num_warps=configs.OPTIM_WARPS,
+            num_warps=config.num_warps,
             HAS_NORM=norm is not None,
             CLIP=limit is not None,
             SKIP_NONFINITE=options.skip_nonfinite,
             HAS_SCALE=grad_scale is not None,
             HAS_FOUND=found_inf is not None,
-            BLOCK=configs.OPTIM_BLOCK,
+            BLOCK=config.block,
         )
 
 

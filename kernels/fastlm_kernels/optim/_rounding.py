@@ -1,7 +1,7 @@
 """Stochastic rounding to bf16 in plain PyTorch: the bits that the kernel gives, for the CPU path and as its truth.
 
-Up with the probability of how far x lies above its lower bf16 neighbour, so that the mean over many draws is x. The draw
-is a hash of (seed, parameter, step, element in memory order): the same for everyone who asks again.
+Away from 0 with the probability of how far x lies beyond its nearer bf16 neighbour, so that the mean over many draws is
+x. The draw is a hash of (seed, parameter, step, element in memory order): the same for everyone who asks again.
 """
 
 from __future__ import annotations

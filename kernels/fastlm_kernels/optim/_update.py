@@ -58,12 +58,18 @@ def _with_l2(g, p, decay):
 
 
 @kernel()
+def _lerp(m, g, b, c):
+    """b m + c g with b + c = 1, from the nearer end: one rounding of the size of the smaller part, exact for b = 0."""
+    return tl.where(c < 0.5, m + c * (g - m), g - b * (g - m))
+
+
+@kernel()
 def _adam(p, g, m, v, top, lr, rate, root, decay, b1, c1, b2, c2, eps, DECOUPLED: tl.constexpr, AMS: tl.constexpr):
     if DECOUPLED:
         p -= lr * decay * p
     else:
         g = _with_l2(g, p, decay)
-    m = b1 * m + c1 * g
+    m = _lerp(m, g, b1, c1)
     v = b2 * v + c2 * g * g
     largest = v
     if AMS:
@@ -106,7 +112,7 @@ def _rmsprop(p, g, v, m, a, lr, decay, b1, c1, momentum, eps, MOMENTUM: tl.const
     g = _with_l2(g, p, decay)
     v = b1 * v + c1 * g * g
     if CENTERED:
-        a = b1 * a + c1 * g
+        a = _lerp(a, g, b1, c1)
         q = tl.sqrt(v - a * a) + eps
     else:
         q = tl.sqrt(v) + eps
@@ -127,7 +133,7 @@ def _mixed(bits):
 
 @kernel()
 def _rounded_stochastically(x, element, seed, t):
-    """x as bf16, up with the probability of how far it lies above the lower neighbour; exact values stay."""
+    """x as bf16, away from 0 with the probability of how far it lies beyond the nearer neighbour; exact values stay."""
     # Element numbers may pass 2^32: their upper half enters by the key, as do the tensor and the step.
     upper = (element >> 32).to(tl.uint32)
     key = _mixed(seed.to(tl.uint32) ^ _mixed((seed >> 32).to(tl.uint32) ^ _mixed(t.to(tl.uint32))))
@@ -216,7 +222,7 @@ def _tile(
     _store(s2_at, begin, at, s2, mask, STATE2, ALIGNED)
     _store(master_at, begin, at, p, mask, MASTER, ALIGNED)
     if STOCHASTIC:
-        tl.static_assert(PARAM == tl.bfloat16)
+        tl.static_assert(tl.bfloat16 == PARAM)
         p = _rounded_stochastically(p, begin + at, seed, t)
     _store(p_at, begin, at, p, mask, PARAM, ALIGNED)
     if ZERO_GRADS:
@@ -292,7 +298,7 @@ def update_kernel(
     wide_tiles = tl.minimum(tl.where(aligned, left // BLOCK, 0), tiles)
     cols = tl.arange(0, BLOCK)
     # Two loops over one body, since what is aligned must be known when compiling.
-    for i in range(0, wide_tiles):
+    for i in range(wide_tiles):
         at = i * BLOCK + cols
         _tile(
             *(addresses, hyper, begin, at, left, t, seed),
@@ -340,7 +346,7 @@ def norm_partial_kernel(
     wide_tiles = tl.where(g_at % 16 == 0, left // BLOCK, 0)
     cols = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, wide_tiles):
+    for i in range(wide_tiles):
         g = _load(g_at, begin, i * BLOCK + cols, None, GRAD, True)
         squares += g * g
     for i in range(wide_tiles, tl.cdiv(left, BLOCK)):

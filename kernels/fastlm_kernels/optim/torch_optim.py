@@ -6,8 +6,8 @@ between torch's own implementations and are accepted. Each class takes, keyword-
 
     max_grad_norm         clip the global norm over all parameters to this before the update (None: off). The kernels
                           leave `p.grad` as it is, torch's path scales it in place
-    skip_nonfinite        leave out the whole update, the step count included, when a gradient is inf or NaN. The kernels
-                          decide on the device, torch's path reads one flag on the host
+    skip_nonfinite        leave out the whole update, the step count included, when a gradient is inf or NaN. Decided on
+                          the device by the kernels; torch's path reads one flag on the host
     master_weights        16-bit parameters are rounded copies of fp32 masters, which are made in the first step; states
                           are fp32. fp32 parameters are their own masters
     stochastic_rounding   bf16 parameters are rounded up or down at random so that small updates count on average;
@@ -21,8 +21,6 @@ In a CUDA graph lr and weight_decay follow their tensors, numbers stay as captur
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 

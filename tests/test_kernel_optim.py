@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastlm_kernels as fk
-from fastlm_kernels.optim.muon import NS_COEFFICIENTS, newton_schulz
+from fastlm_kernels.optim._newton_schulz import NS_COEFFICIENTS, newton_schulz
 
 NAMES = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "RMSprop", "Muon")
 

@@ -305,6 +305,36 @@ def optim_config(architecture: str, *itemsizes: int) -> OptimConfig:
     return OptimConfig(OPTIM_CHUNK, _OPTIM_THREADS * 16 // max(itemsizes), warps)
 
 
+@dataclass(frozen=True)
+class SymmetricConfig:
+    """Tiles of `block_n` x `block_n`, summed `block_k` columns at a time, `num_stages` - 1 such steps on their way."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+_SYMMETRIC = {
+    "generic": SymmetricConfig(128, 64, 8, 3),
+    "sm_90": SymmetricConfig(128, 64, 8, 4),
+    "sm_100": SymmetricConfig(128, 64, 8, 4),
+    "gfx942": SymmetricConfig(128, 64, 8, 2),
+}
+# fp32 is summed without tensor cores: on a GPU only where the kernel is forced.
+_SYMMETRIC_FP32 = SymmetricConfig(32, 32, 4, 2)
+_SYMMETRIC_SMALL = SymmetricConfig(64, 64, 4, 3)
+
+
+def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> SymmetricConfig:
+    """For a symmetric result of `size` x `size`."""
+    if dtype == torch.float32:
+        return _SYMMETRIC_FP32
+    if size <= 64:
+        return _SYMMETRIC_SMALL
+    return _SYMMETRIC.get(architecture, _SYMMETRIC["generic"])
+
+
 # Tables by name, for `tune`.
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _runtime
-from ._plan import KERNEL_DTYPES, MASTER, SEED, STEP, Member, Plan, Rule, capturing_graph, dense, make_member
+from ._plan import KERNEL_DTYPES, MASTER, SEED, STEP, Control, Plan, Rule, capturing_graph, dense, make_member
 from ._rounding import round_stochastically
 
 
@@ -114,8 +114,8 @@ class WithOptions:
     def _install(self, options: StepOptions, skipped_steps: Tensor) -> None:
         self.options, self.skipped_steps = options, skipped_steps
         self.grad_norm = None
-        self._plan: Plan | None = None
-        self._captured: list[Plan] = []
+        self._plan: tuple[Any, Control] | None = None
+        self._captured: list[Any] = []  # what graphs read: never freed before the optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps defaults, state and groups alone when an optimizer is copied or pickled.
@@ -130,7 +130,7 @@ class WithOptions:
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler's question: may it leave scale and inf check to `step`, on the device?"""
-        return self.__dict__.get("_torch_scales", False) or _obstacle(self) is None
+        return self.__dict__.get("_torch_scales", False) or obstacle(self) is None
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
@@ -139,9 +139,15 @@ class WithOptions:
     @_runtime.with_kernel
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; the closure's result, if one is given."""
-        return opaque(_step)(self, closure)
+        return opaque(take_step)(self, closure)
 
     step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _step_fused(self) -> bool:
+        return _step_fused(self)
+
+    def _step_torch(self) -> None:
+        _step_torch(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state keeps the dtype it was saved in (torch casts it to the parameter's)."""
@@ -176,22 +182,21 @@ def _widen(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def _step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+def take_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+    """The closure, then one step by the kernels or by torch."""
     first = next((p for group in optimizer.param_groups for p in group["params"]), None)
-    fused = _runtime.choose(first, obstacle=_obstacle(optimizer))
+    fused = _runtime.choose(first, obstacle=obstacle(optimizer))
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    if not (fused and _step_fused(optimizer)):
-        _step_torch(optimizer)
+    if not (fused and optimizer._step_fused()):
+        optimizer._step_torch()
     return loss
 
 
-def _obstacle(optimizer: Any) -> str | None:
+def obstacle(optimizer: Any) -> str | None:
     """Why the kernels do not cover this optimizer, whatever the gradients."""
-    if optimizer.rule is None:
-        return f"{type(optimizer).__name__} has no fused update"
     device: torch.device | None = None
     for group in optimizer.param_groups:
         if group.get("differentiable"):
@@ -212,59 +217,81 @@ def _obstacle(optimizer: Any) -> str | None:
     return None if not _runtime.HAS_TRITON else _runtime._device_obstacle(device)
 
 
-def _step_fused(optimizer: Any) -> bool:
-    """One step by the kernels; False, with nothing done, where a gradient is none that they read."""
-    groups = optimizer.param_groups
-    params, grads, numbers = [], [], []
+def entries(groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The parameters that have a gradient, their gradients and their groups' numbers; in a captured graph, all."""
+    params, grads, numbers, count = [], [], [], 0
     for number, group in enumerate(groups):
+        count += len(group["params"])
         for p in group["params"]:
             grad = p.grad
             if grad is not None:
                 params.append(p)
                 grads.append(grad)
                 numbers.append(number)
-    device = groups[0]["params"][0].device
-    if capturing_graph(device) and len(params) != sum(len(group["params"]) for group in groups):
+    if len(params) != count and capturing_graph(groups[0]["params"][0].device):
         raise RuntimeError("captured step(): a parameter has no gradient; fill every p.grad before, and keep it")
+    return params, grads, numbers
+
+
+def readable(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether the kernels can read and write these tensors."""
+    plain = not any(_runtime._not_plain(t) or t.dtype not in KERNEL_DTYPES for t in (*params, *grads))
+    return plain and all(dense(p) for p in params)
+
+
+def strided(grads: list[Tensor]) -> bool:
+    """Whether gradients, of dtypes and devices known already, are still plain memory."""
+    return not any(grad.layout is not torch.strided or grad.is_neg() for grad in grads)
+
+
+def scaling(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What GradScaler has left on the optimizer: its scale and whether it found an inf."""
+    return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+
+
+def _step_fused(optimizer: Any) -> bool:
+    """One step by the kernels; False, with nothing done, where a tensor is none that they read."""
+    groups = optimizer.param_groups
+    params, grads, numbers = entries(groups)
     if not params:
         return True
-    plan: Plan | None = optimizer._plan
-    if plan is None or not plan.fits(optimizer.rule, [id(p) for p in params], grads, groups, optimizer.state):
-        if any(_runtime._not_plain(t) or t.dtype not in KERNEL_DTYPES for t in (*params, *grads)):
+    known: tuple[Plan, Control] | None = optimizer._plan
+    if known is None or not known[0].fits(params, grads, groups, optimizer.state):
+        if not readable(params, grads):
             return False
-        if not all(dense(p) for p in params):
-            return False
-        plan = optimizer._plan = _make_plan(optimizer, params, grads, numbers)
-    elif any(grad.layout is not torch.strided or grad.is_neg() for grad in grads):
+        plan = make_plan(optimizer, optimizer.rule, params, grads, numbers)
+        known = optimizer._plan = plan, Control(plan.bundles, optimizer.options)
+        optimizer.skipped_steps = optimizer.skipped_steps.to(params[0].device)
+    elif not strided(grads):
         return False
-    if capturing_graph(device):
-        optimizer._captured.append(plan)
-    scaling = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-    norm = plan.run(grads, groups, scaling, optimizer.skipped_steps)
-    optimizer.grad_norm = norm
+    if capturing_graph(params[0].device):
+        optimizer._captured.append(known)
+    plan, control = known
+    sent, placed = plan.send(grads, groups)
+    values, optimizer.grad_norm = control.run(sent, scaling(optimizer), optimizer.skipped_steps)
+    plan.update(sent, values, grads, placed)
     return True
 
 
-def _make_plan(optimizer: Any, params: list[Tensor], grads: list[Tensor], numbers: list[int]) -> Plan:
+def make_plan(optimizer: Any, rule: Rule, params: list[Tensor], grads: list[Tensor], numbers: list[int]) -> Plan:
+    """A plan for these parameters of the optimizer; states that are missing are made."""
     options, groups = optimizer.options, optimizer.param_groups
     if options.stochastic_rounding:
         for group in groups:
             group.setdefault(SEED, 0)
     places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-    members: list[Member] = []
-    for p, number in zip(params, numbers, strict=True):
-        members.append(
-            make_member(optimizer.rule, number, places[id(p)], groups[number], p, optimizer.state[p], options)
-        )
-    optimizer.skipped_steps = optimizer.skipped_steps.to(params[0].device)
-    return Plan(optimizer.rule, members, grads, groups, options)
+    members = [
+        make_member(rule, number, places[id(p)], groups[number], p, optimizer.state[p], options)
+        for p, number in zip(params, numbers, strict=True)
+    ]
+    return Plan(rule, members, grads, groups, options)
 
 
 def _step_torch(optimizer: Any) -> None:
     """torch's own step, between what our keywords ask for."""
     grads = gradients(optimizer.param_groups)
     options: StepOptions = optimizer.options
-    skip = _unscale(optimizer, grads)
+    skip = unscale(optimizer, grads)
     if options.needs_norm and grads:
         optimizer.grad_norm = norm = torch.nn.utils.get_total_norm(grads)
         if options.skip_nonfinite and not bool(torch.isfinite(norm)):
@@ -273,7 +300,7 @@ def _step_torch(optimizer: Any) -> None:
         elif options.max_grad_norm is not None:
             clip_in_place(grads, norm, options.max_grad_norm)
     if not skip:
-        with _in_fp32(optimizer):
+        with in_fp32(optimizer):
             _unhooked_step(optimizer)
     if options.zero_grads:
         fill_with_zeros(grads)
@@ -287,7 +314,7 @@ def _unhooked_step(optimizer: Any) -> None:
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
-def _unscale(optimizer: Any, grads: list[Tensor]) -> bool:
+def unscale(optimizer: Any, grads: list[Tensor]) -> bool:
     """GradScaler's part where torch's step does not take it: gradients unscaled in place; whether to skip the step."""
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     if scale is None and found_inf is None:
@@ -301,22 +328,23 @@ def _unscale(optimizer: Any, grads: list[Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def _in_fp32(optimizer: Any) -> Iterator[None]:
-    """Under master_weights and stochastic_rounding: 16-bit parameters are fp32 copies inside, and rounded after."""
-    if not optimizer.options.wide:
-        yield
-        return
+def in_fp32(optimizer: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Under master_weights and stochastic_rounding: 16-bit parameters are fp32 copies inside, and rounded after.
+
+    Gives the pairs (parameter, copy).
+    """
     swapped: list[tuple[dict[str, Any], int, Tensor, Tensor]] = []
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if optimizer.options.wide else ():
         for i, p in enumerate(group["params"]):
             if p.grad is not None and p.dtype in (torch.float16, torch.bfloat16):
                 swapped.append((group, i, p, _swap_in(optimizer, p)))
                 group["params"][i] = swapped[-1][3]
     try:
-        yield
+        yield [(p, copy) for _, _, p, copy in swapped]
     finally:
-        for group, i, p, copy in swapped:
+        for group, i, p, _ in swapped:
             group["params"][i] = p
+        for group, _, p, copy in swapped:
             _swap_out(optimizer, group, p, copy)
 
 
@@ -343,5 +371,6 @@ def _swap_out(optimizer: Any, group: dict[str, Any], p: Tensor, copy: Tensor) ->
     key = "step" if "step" in state else STEP
     if key == STEP:
         state[STEP] = state.get(STEP, torch.zeros((), device=p.device)) + 1
-    step = torch.as_tensor(state[key])
+    # Muon's kernel keeps one count a block
+    step = torch.as_tensor(state[key]).reshape(-1)[0]
     p.copy_(round_stochastically(copy, group.setdefault(SEED, 0), index, step))

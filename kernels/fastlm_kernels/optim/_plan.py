@@ -25,6 +25,7 @@ SEED = "fastlm/seed"
 STEP = "fastlm/step"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Group = dict[str, Any]
+Sent = tuple[Tensor, Tensor]  # GRADS, SCALARS
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,6 @@ class Bundle:
         self.table = _on_device(self._table(counts, groups), self.device)
         self.tickets = torch.zeros(len(members), dtype=torch.int32, device=self.device)
         self.upload = Upload(self.device)
-        self.grads: list[Tensor] = []
         self.scalars: dict[int, tuple[Any, list[int]]] = {}
         self.keep: list[Tensor] = []
 
@@ -190,8 +190,8 @@ class Bundle:
         assert table.shape[1] == len(FIELDS)
         return table
 
-    def send(self, grads: list[Tensor], groups: list[Group]) -> tuple[Tensor, Tensor]:
-        """(GRADS, SCALARS) on the device, for these gradients and the groups' present hyperparameters."""
+    def send(self, grads: list[int], groups: list[Group]) -> Sent:
+        """What the kernel reads of gradients at these addresses and of the groups' present hyperparameters."""
         count, width = len(grads) + 2 * len(self.groups), len(SCALARS)
         count += count % 2  # SCALARS starts on a 16-byte boundary
         buffer = self.upload.reserve(count + width // 2 * len(self.groups))
@@ -203,7 +203,7 @@ class Bundle:
             for j, name in enumerate(("lr", "weight_decay")):
                 addresses.append(self._address(group[name], own + 4 * (SCALARS.index("lr") + j)))
             rows += self._row(number, group)
-        words = [grad.data_ptr() for grad in grads] + addresses
+        words = grads + addresses
         words += [0] * (count - len(words)) + rows
         self.upload.send(words, buffer)
         return buffer, buffer[count:].view(torch.float32)
@@ -248,9 +248,10 @@ class Bundle:
         )
 
     def launch_update(
-        self, buffer: Tensor, scalars: Tensor, control: Tensor | None, stochastic: bool, zero: bool
+        self, sent: Sent, control: Tensor | None, *, stochastic: bool = False, zero: bool = False
     ) -> None:
         """Update every tensor of the bundle."""
+        buffer, scalars = sent
         form = self.form
         dtypes = (form.param, form.grad, *form.states, form.master)
         sizes = [dtype.itemsize for dtype in dtypes if dtype is not None]
@@ -289,89 +290,46 @@ def _on_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device)
 
 
-class Plan:
-    """The launches of one optimizer step."""
+class Control:
+    """What comes before the update: the gradients' norm and factor, and whether to leave the step out."""
 
-    def __init__(self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], options: Any):
-        self.options = options
-        self.members = members
-        self.ids = [id(member.param) for member in members]
-        self.forms = group_forms(rule, groups)
-        self.strides = [member.param.stride() for member in members]
-        self.grads: list[Tensor] = [torch.empty(0)] * len(members)
-        self.addresses = self._addresses()
-        positions: dict[Form, list[int]] = {}
-        for position, (member, grad) in enumerate(zip(members, grads, strict=True)):
-            positions.setdefault(form_of(rule, member, grad, groups), []).append(position)
-        self.parts = [
-            (Bundle(rule, form, [members[i] for i in chosen], groups), chosen) for form, chosen in positions.items()
-        ]
-        device = members[0].param.device
-        self.device = device
-        self.control = torch.empty(2, dtype=torch.float32, device=device)
-        self.partial = torch.empty(sum(bundle.chunks for bundle, _ in self.parts), device=device)
-        self.one = torch.ones((), device=device)
+    def __init__(self, bundles: list[Bundle], options: Any):
+        device = bundles[0].device
+        self.bundles, self.options = bundles, options
+        self.values = torch.empty(2, dtype=torch.float32, device=device)
+        self.partial = torch.empty(sum(bundle.chunks for bundle in bundles), dtype=torch.float32, device=device)
 
-    def _addresses(self) -> list[int]:
-        return [t.data_ptr() for member in self.members for t in member.tensors if t is not None]
-
-    def fits(self, rule: Rule, ids: list[int], grads: list[Tensor], groups: list[Group], states: Any) -> bool:
-        """Whether the plan still describes these parameters, their states and their options."""
-        if ids != self.ids or group_forms(rule, groups) != self.forms:
-            return False
-        for member in self.members:
-            state = states[member.tensors[0]]
-            for key, tensor in zip(member.keys, member.tensors, strict=True):
-                if key is not None and state.get(key) is not tensor:
-                    return False
-        for bundle, chosen in self.parts:
-            if any(grads[i].dtype != bundle.form.grad for i in chosen):
-                return False
-        return self._addresses() == self.addresses
-
-    def gradients(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients in their parameters' memory order: copies where they lie otherwise."""
-        if any(g.stride() != s for g, s in zip(grads, self.strides, strict=True)):
-            return [laid_out_as(m.param, g) for m, g in zip(self.members, grads, strict=True)]
-        return grads
-
-    def run(self, grads: list[Tensor], groups: list[Group], scaling: Any, skipped: Tensor) -> Tensor | None:
-        """One step; the norm, if an option asks for it. `scaling`: GradScaler's scale and found_inf, or None."""
-        options, placed = self.options, self.gradients(grads)
-        sent = [bundle.send([placed[i] for i in chosen], groups) for bundle, chosen in self.parts]
+    def run(self, sent: list[Sent], scaling: Any, skipped: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(CONTROL, norm), None where nothing asks for it. `scaling`: GradScaler's scale and found_inf, or None."""
         grad_scale, found_inf = scaling
-        controlled = options.needs_norm or grad_scale is not None or found_inf is not None
-        norm = torch.empty((), device=self.device) if options.needs_norm else None
-        if options.needs_norm:
-            offset = 0
-            for (bundle, _), (buffer, _) in zip(self.parts, sent, strict=True):
-                bundle.launch_norm(buffer, self.partial, offset)
-                offset += bundle.chunks
-        if controlled:
-            self._launch_control(norm, grad_scale, found_inf, skipped)
-        control = self.control if controlled else None
-        for (bundle, _), (buffer, scalars) in zip(self.parts, sent, strict=True):
-            bundle.launch_update(buffer, scalars, control, options.stochastic_rounding, options.zero_grads)
-        if options.zero_grads and placed is not grads:
-            for copy, grad in zip(placed, grads, strict=True):
-                if copy is not grad:
-                    grad.zero_()
-        return norm
+        if not self.options.needs_norm:
+            if grad_scale is None and found_inf is None:
+                return None, None
+            self._launch(None, grad_scale, found_inf, skipped)
+            return self.values, None
+        offset = 0
+        for bundle, (buffer, _) in zip(self.bundles, sent, strict=True):
+            bundle.launch_norm(buffer, self.partial, offset)
+            offset += bundle.chunks
+        norm = torch.empty((), dtype=torch.float32, device=self.values.device)
+        self._launch(norm, grad_scale, found_inf, skipped)
+        return self.values, norm
 
-    def _launch_control(
+    def _launch(
         self, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, skipped: Tensor
     ) -> None:
         options, limit = self.options, self.options.max_grad_norm
-        config = configs.optim_config(_runtime.architecture(self.device), self.partial.itemsize)
+        config = configs.optim_config(_runtime.architecture(self.values.device), self.partial.itemsize)
         launch(
             control_kernel,
             (1,),
             (
                 self.partial,
-                self.one if grad_scale is None else grad_scale,
-                self.one if found_inf is None else found_inf,
-                self.one if norm is None else norm,
-                *(self.control, skipped, self.partial.numel(), 0.0 if limit is None else float(limit)),
+                # A pointer that is not read stands for what is not there.
+                self.partial if grad_scale is None else grad_scale,
+                self.partial if found_inf is None else found_inf,
+                self.values if norm is None else norm,
+                *(self.values, skipped, self.partial.numel(), 0.0 if limit is None else float(limit)),
             ),
             num_warps=config.num_warps,
             HAS_NORM=norm is not None,
@@ -381,6 +339,60 @@ class Plan:
             HAS_FOUND=found_inf is not None,
             BLOCK=config.block,
         )
+
+
+class Plan:
+    """The launches that update these parameters, whose groups all follow one rule."""
+
+    def __init__(self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], options: Any):
+        self.rule, self.options, self.members = rule, options, members
+        self.ids = [id(member.param) for member in members]
+        self.forms = group_forms(rule, groups)
+        self.strides = [member.param.stride() for member in members]
+        self.addresses = self._addresses()
+        positions: dict[Form, list[int]] = {}
+        for position, (member, grad) in enumerate(zip(members, grads, strict=True)):
+            positions.setdefault(form_of(rule, member, grad, groups), []).append(position)
+        self.parts = [
+            (Bundle(rule, form, [members[i] for i in chosen], groups), chosen) for form, chosen in positions.items()
+        ]
+        self.bundles = [bundle for bundle, _ in self.parts]
+
+    def _addresses(self) -> list[int]:
+        return [t.data_ptr() for member in self.members for t in member.tensors if t is not None]
+
+    def fits(self, params: list[Tensor], grads: list[Tensor], groups: list[Group], states: Any) -> bool:
+        """Whether the plan still describes these parameters, their states and their options."""
+        if [id(p) for p in params] != self.ids or group_forms(self.rule, groups) != self.forms:
+            return False
+        for member in self.members:
+            state = states[member.param]
+            for key, tensor in zip(member.keys, member.tensors, strict=True):
+                if key is not None and state.get(key) is not tensor:
+                    return False
+        for bundle, chosen in self.parts:
+            if any(grads[i].dtype != bundle.form.grad for i in chosen):
+                return False
+        return self._addresses() == self.addresses
+
+    def send(self, grads: list[Tensor], groups: list[Group]) -> tuple[list[Sent], list[Tensor]]:
+        """What each bundle reads, and the gradients in their parameters' memory order: copies where it is another."""
+        if any(g.stride() != s for g, s in zip(grads, self.strides, strict=True)):
+            placed = [laid_out_as(m.param, g) for m, g in zip(self.members, grads, strict=True)]
+        else:
+            placed = grads
+        addresses = [grad.data_ptr() for grad in placed]
+        return [bundle.send([addresses[i] for i in chosen], groups) for bundle, chosen in self.parts], placed
+
+    def update(self, sent: list[Sent], control: Tensor | None, grads: list[Tensor], placed: list[Tensor]) -> None:
+        """Launch the updates; gradients are zeroed with them where that is asked for."""
+        options = self.options
+        for bundle, mine in zip(self.bundles, sent, strict=True):
+            bundle.launch_update(mine, control, stochastic=options.stochastic_rounding, zero=options.zero_grads)
+        if options.zero_grads and placed is not grads:
+            for copy, grad in zip(placed, grads, strict=True):
+                if copy is not grad:
+                    grad.zero_()
 
 
 def group_forms(rule: Rule, groups: list[Group]) -> list[Any]:

@@ -10,6 +10,8 @@ With g the gradient (negated for maximize, scaled by the clipping factor), p the
     adadelta v = b1 v + (1 - b1) g^2   d = g sqrt(a + eps) / sqrt(v + eps)   a = b1 a + (1 - b1) d^2   p -= lr d
     rmsprop v = b1 v + (1 - b1) g^2    a = b1 a + (1 - b1) g if centered     q = sqrt(v - a^2) + eps
             m = momentum m + g / q     p -= lr (m with momentum, else g / q)
+    momentum m = b1 m + (1 - b1) g     p = (1 - b1) g + b1 m with Nesterov, else m
+    apply   p -= lr decay p + lr scale g         Muon's two halves: its g is the orthogonalised p of the momentum
 
 Memory traffic per parameter, s bytes for parameter and gradient, 4 for each fp32 state: AdamW reads p, g, m, v and
 writes p, m, v, 3 s + 16: 28 in fp32. Beside it: the norm for clipping or the guard reads g once more, + s; zeroing
@@ -32,7 +34,7 @@ from .._runtime import kernel, tl
 # first chunk, seed of the stochastic rounding, row of SCALARS.
 FIELDS = ("param", "state0", "state1", "state2", "master", "step", "size", "first_chunk", "seed", "group")
 # A row of SCALARS, fp32: -1 to maximize, else 1; coefficients, their complements and logarithms, all formed in double
-# precision; eps; lr_decay or the momentum of rmsprop; and, unless they are tensors of their own, lr and decay.
+# precision; eps; lr_decay, the momentum of rmsprop or Muon's scale; lr and decay, unless they are tensors of their own.
 SCALARS = ("sign", "b1", "one_minus_b1", "b2", "one_minus_b2", "ln_b1", "ln_b2", "eps", "extra", "lr", "decay", "")
 # CONTROL, fp32: what gradients are multiplied by; 1 where the step is left out, else 0.
 
@@ -148,7 +150,7 @@ def _rounded_stochastically(x, element, seed, t):
 @kernel()
 def _address(word, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer to DTYPE that an int64 holds."""
-    pointer = word.to(tl.pointer_type(DTYPE))
+    pointer = word.to(tl.pointer_type(DTYPE))  # type: ignore[arg-type]
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -197,7 +199,9 @@ def _tile(
     mask = None
     if not ALIGNED:
         mask = at < left
-    if MASTER is not None:
+    if RULE == "momentum":
+        p = tl.zeros(at.shape, tl.float32)
+    elif MASTER is not None:
         p = _load(master_at, begin, at, mask, MASTER, ALIGNED)
     else:
         p = _load(p_at, begin, at, mask, PARAM, ALIGNED)
@@ -213,10 +217,18 @@ def _tile(
         p, s0 = _adagrad(p, g, s0, rate, decay, eps)
     elif RULE == "adadelta":
         p, s0, s1 = _adadelta(p, g, s0, s1, lr, decay, b1, c1, eps)
+    elif RULE == "rmsprop":
+        p, s0, s1, s2 = _rmsprop(
+            p, g, s0, s1, s2, lr, decay, b1, c1, extra, eps, STATE1 is not None, STATE2 is not None
+        )
+    elif RULE == "momentum":
+        s0 = _lerp(s0, g, b1, c1)
+        p = s0
+        if SWITCH:
+            p = _lerp(g, s0, c1, b1)
     else:
-        tl.static_assert(RULE == "rmsprop")
-        M: tl.constexpr = STATE1 is not None
-        p, s0, s1, s2 = _rmsprop(p, g, s0, s1, s2, lr, decay, b1, c1, extra, eps, M, STATE2 is not None)
+        tl.static_assert(RULE == "apply")
+        p = p - lr * decay * p - rate * g
     _store(s0_at, begin, at, s0, mask, STATE0, ALIGNED)
     _store(s1_at, begin, at, s1, mask, STATE1, ALIGNED)
     _store(s2_at, begin, at, s2, mask, STATE2, ALIGNED)
@@ -270,7 +282,9 @@ def update_kernel(
     eps, extra = tl.load(h + 7), tl.load(h + 8)
     skipped = 0.0
     if CONTROLLED:
-        factor *= tl.load(CONTROL)
+        # What is applied is orthogonal already: its momentum was scaled.
+        if RULE != "apply":
+            factor *= tl.load(CONTROL)
         skipped = tl.load(CONTROL + 1)
     t = 0.0
     if STEP:
@@ -282,6 +296,8 @@ def update_kernel(
         root = tl.sqrt(_bias_correction(t, tl.load(h + 6)))
     if RULE == "adagrad":
         rate = lr / (1.0 + (t - 1.0) * extra)
+    if RULE == "apply":
+        rate = lr * extra
     hyper = (factor, lr, rate, root, decay, b1, c1, b2, c2, eps, extra)
 
     p_at, s0_at, s1_at, s2_at, master_at = (

@@ -7,17 +7,14 @@ Muon, for a matrix W (r, c) with gradient G, momentum mu, rate lr, decay wd:
     O = newton_schulz(U)                             about U's nearest semi-orthogonal matrix
     W = (1 - lr wd) W - lr sqrt(max(1, r / c)) O
 
-newton_schulz, on X = U / |U|, the shorter side first:
-
-    A = X X^T;   X = a X + (b A + c A^2) X           (a, b, c) = (3.4445, -4.7750, 2.0315), five times
-
-The coefficients trade exactness for speed: singular values end between about 0.7 and 1.2, tiny ones below.
-FLOPs of one step on (r, c), r <= c: 4 r^2 c + 2 r^3. Matrices of one shape go through it as one batch.
-AdamW is `torch.optim.AdamW`'s update through its fused operator.
+On the kernels' path all momenta are one launch, and so are all results' applications (`_muon_plan.py`); matrices of one
+shape go through Newton-Schulz (`_newton_schulz.py`) as one batch. AdamW is `torch.optim.AdamW`'s update: through the
+launch of `_update.py`, or torch's fused operator.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._options import StepOptions, clip_in_place, fill_with_zeros, gradients
+from .. import _runtime
+from ._muon_plan import MuonPlan, scale_of, usable
+from ._newton_schulz import newton_schulz
+from ._options import (
+    StepOptions,
+    clip_in_place,
+    entries,
+    fill_with_zeros,
+    gradients,
+    in_fp32,
+    keep_dtypes,
+    make_plan,
+    opaque,
+    readable,
+    scaling,
+    strided,
+    take_step,
+    unscale,
+)
+from ._plan import Control, Plan, capturing_graph
+from .torch_optim import ADAM
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_NS_EPS = 1e-7
 # Under these decorated methods torch imports its compiler, most of a second, on the first call.
 _add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 _load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
@@ -37,24 +52,6 @@ _state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 _zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 Split = int | Sequence[int]
-
-
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Orthogonalise a batch (K, r, c) of matrices, or one (r, c), by the quintic iteration; same shape and dtype.
-
-    Runs in the dtype given: fp32 on a CPU, bf16 is enough on a GPU. A matrix of zeros stays zero.
-    """
-    x = matrices if matrices.dim() == 3 else matrices[None]
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=_NS_EPS)
-    a, b, c = NS_COEFFICIENTS
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x if wide else x.mT
-    return x.reshape(matrices.shape)
 
 
 def _block_rows(param: Tensor, split: Split) -> list[int]:
@@ -80,7 +77,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     weight_decay decoupled, in both: p *= 1 - lr * weight_decay
     split        {parameter: number of equal row blocks, or their sizes}: blocks of a merged matrix (Q, K and V) are
                  orthogonalised and scaled apart
-    max_grad_norm, skip_nonfinite, zero_grads, ...     as for the other optimizers; here nothing is read on the host
+    max_grad_norm, skip_nonfinite, zero_grads, ...     as for the other optimizers; nothing is read on the host, on
+                 either path
 
     Muon's state: "momentum_buffer", fp32 (float64 for float64) whatever the parameter's dtype. AdamW's: "step",
     "exp_avg", "exp_avg_sq", as in `torch.optim.AdamW(fused=True)`. Loading keeps the dtypes saved.
@@ -113,6 +111,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._plans: tuple[Plan | None, MuonPlan | None, Control] | None = None
+        self._captured: list[Any] = []  # what graphs read: never freed before the optimizer
         self._adamw_lr = adamw_lr
         self._blocks = {param: _block_rows(param, blocks) for param, blocks in (split or {}).items()}
         defaults = {
@@ -148,26 +148,77 @@ class MuonWithAdamW(torch.optim.Optimizer):
         _add_param_group(self, param_group)
         _check_group(self.param_groups[-1])
 
-    @torch.no_grad()
+    # GradScaler may leave its scale and its finding to `step`.
+    _step_supports_amp_scaling = True
+
+    @_runtime.with_kernel
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; the closure's result, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        return opaque(take_step)(self, closure)
+
+    def _step_fused(self) -> bool:
+        groups = self.param_groups
+        kinds: dict[bool, tuple[list[Tensor], list[Tensor], list[int]]] = {True: ([], [], []), False: ([], [], [])}
+        for p, grad, number in zip(*entries(groups), strict=True):
+            for column, value in zip(kinds[groups[number]["use_muon"]], (p, grad, number), strict=True):
+                column.append(value)  # type: ignore[arg-type]
+        (matrices, updates, _), (rest, grads, _) = kinds[True], kinds[False]
+        if not matrices and not rest:
+            return True
+        plans = self._plans
+        if plans is None or not self._fits(plans, kinds):
+            if not (readable(matrices + rest, updates + grads) and usable(matrices)):
+                return False
+            plans = self._plans = self._make_plans(kinds)
+        elif not strided(updates + grads):
+            return False
+        if capturing_graph((matrices + rest)[0].device):
+            self._captured.append(plans)
+        adamw, muon, control = plans
+        sent, placed = adamw.send(grads, groups) if adamw else ([], [])
+        muon_sent, muon_placed = muon.send(updates, groups) if muon else ([], [])
+        values, self.grad_norm = control.run(sent + muon_sent, scaling(self), self.skipped_steps)
+        if adamw:
+            adamw.update(sent, values, grads, placed)
+        if muon:
+            muon.update(muon_sent, values, updates, muon_placed, groups)
+        return True
+
+    def _fits(self, plans: tuple[Plan | None, MuonPlan | None, Control], kinds: Any) -> bool:
+        for plan, (params, grads, _) in zip(plans[:2], (kinds[False], kinds[True]), strict=True):
+            if (plan is None) != (not params):
+                return False
+            if plan is not None and not plan.fits(params, grads, self.param_groups, self.state):
+                return False
+        return True
+
+    def _make_plans(self, kinds: Any) -> tuple[Plan | None, MuonPlan | None, Control]:
+        (matrices, updates, numbers), (rest, grads, rest_numbers) = kinds[True], kinds[False]
+        adamw = make_plan(self, ADAM, rest, grads, rest_numbers) if rest else None
+        muon = None
+        if matrices:
+            muon = MuonPlan(self, matrices, updates, numbers, self._blocks, torch.float32)
+        bundles = (adamw.bundles if adamw else []) + (muon.bundles if muon else [])
+        self.skipped_steps = self.skipped_steps.to(bundles[0].device)
+        return adamw, muon, Control(bundles, self.options)
+
+    def _step_torch(self) -> None:
         grads = gradients(self.param_groups)
+        skip = unscale(self, grads)
         found = self._clip_and_find(grads) if self.options.needs_norm and grads else None
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("MuonWithAdamW does not support sparse gradients")
-            if group["use_muon"]:
-                self._muon(group, params, found)
-            else:
-                self._adamw(group, params, found)
+        if not skip:
+            with in_fp32(self) as copies:
+                blocks = self._blocks | {wide: self._blocks[p] for p, wide in copies if p in self._blocks}
+                for group in self.param_groups:
+                    params = [p for p in group["params"] if p.grad is not None]
+                    if any(p.grad.is_sparse for p in params):
+                        raise RuntimeError("MuonWithAdamW does not support sparse gradients")
+                    if group["use_muon"]:
+                        self._muon(group, params, found, blocks)
+                    else:
+                        self._adamw(group, params, found)
         if self.options.zero_grads:
             fill_with_zeros(grads)
-        return loss
 
     def _clip_and_find(self, grads: list[Tensor]) -> Tensor | None:
         """Clip if asked; 1.0 where the update has to be skipped and 0.0 where not, on the device, if asked."""
@@ -180,12 +231,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             clip_in_place(grads, norm, self.options.max_grad_norm)
         return found
 
-    def _muon(self, group: dict[str, Any], params: list[Tensor], found: Tensor | None) -> None:
+    def _muon(
+        self, group: dict[str, Any], params: list[Tensor], found: Tensor | None, splits: dict[Tensor, list[int]]
+    ) -> None:
         """Momentum, then orthogonalised updates, all blocks of one shape at once."""
         by_shape: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in params:
             update = self._momentum(group, p, found)
-            rows = self._blocks.get(p, [p.shape[0]])
+            rows = splits.get(p, [p.shape[0]])
             for block, block_update in zip(p.split(rows), update.split(rows), strict=True):
                 by_shape[(block.shape, p.device, update.dtype)].append((block, block_update))
         keep = 1.0 if found is None else 1.0 - found
@@ -194,7 +247,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             working = torch.bfloat16 if device.type == "cuda" and dtype != torch.float64 else dtype
             ortho = newton_schulz(matrices.to(working), group["ns_steps"]).to(dtype)
             lr = group["lr"]
-            ortho.mul_(-lr * max(1.0, shape[0] / shape[1]) ** 0.5 * keep)
+            ortho.mul_(-lr * scale_of(group, *shape) * keep)
             for (block, _), update in zip(blocks, ortho, strict=True):
                 block.mul_(1 - lr * group["weight_decay"] * keep).add_(update)
 
@@ -252,6 +305,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ours = ("options", "grad_norm", "skipped_steps", "_adamw_lr", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plans, self._captured = None, []
+        super().__setstate__(state)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, or fill it with 0."""
         _zero_grad(self, set_to_none)
@@ -261,14 +318,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return _state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every state keeps the dtype it was saved in (torch casts it to the parameter's)."""
-        _load_state_dict(self, state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][key] = value.detach().to(p.device, copy=True)
+        """As torch's, but every state is a copy and keeps its dtype (torch casts it to the parameter's)."""
+        _load_state_dict(self, copy.deepcopy(state_dict))
+        keep_dtypes(self, state_dict)
 
 
 def _tensor(member: Any) -> Tensor:

@@ -24,24 +24,26 @@ from __future__ import annotations
 
 import torch
 
-from ._options import WithOptions
-from ._plan import STEP, Group, Rule
+from ._muon_plan import MuonPlan, usable
+from ._options import WithOptions, entries, readable, scaling, strided
+from ._plan import STEP, Control, Group, Rule, capturing_graph
 
 
 def _adam_states(group: Group) -> tuple[str, str, str | None]:
-    return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group["amsgrad"] else None
+    return "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group.get("amsgrad") else None
 
 
-def _adam_scalars(group: Group) -> tuple[float, ...]:
+def _adam_scalars(group: Group) -> tuple[float, float, float, float, float, float]:
     b1, b2 = group["betas"]
     return b1, 1 - b1, b2, 1 - b2, group["eps"], 0.0
 
 
 def _decoupled(group: Group) -> bool:
-    return group["decoupled_weight_decay"]
+    # MuonWithAdamW's groups have no such key.
+    return group.get("decoupled_weight_decay", True)
 
 
-_ADAM = Rule("adam", _adam_states, _adam_scalars, switch=_decoupled)
+ADAM = Rule("adam", _adam_states, _adam_scalars, switch=_decoupled)
 _SGD = Rule(
     "sgd",
     lambda group: ("momentum_buffer" if group["momentum"] != 0 else None, None, None),
@@ -81,13 +83,13 @@ _RMSPROP = Rule(
 class AdamW(WithOptions, torch.optim.AdamW):
     """`torch.optim.AdamW`: decoupled weight decay. Our keywords: see the module's text."""
 
-    rule = _ADAM
+    rule = ADAM
 
 
 class Adam(WithOptions, torch.optim.Adam):
     """`torch.optim.Adam`: weight decay as L2, added to the gradient. Our keywords: see the module's text."""
 
-    rule = _ADAM
+    rule = ADAM
 
 
 class SGD(WithOptions, torch.optim.SGD):
@@ -116,3 +118,24 @@ class RMSprop(WithOptions, torch.optim.RMSprop):
 
 class Muon(WithOptions, torch.optim.Muon):
     """`torch.optim.Muon`: 2-d parameters only; `MuonWithAdamW` takes a whole model. Our keywords: see above."""
+
+    def _step_fused(self) -> bool:
+        params, grads, numbers = entries(self.param_groups)
+        if not params:
+            return True
+        plan, control = self._plan or (None, None)
+        if plan is None or control is None or not plan.fits(params, grads, self.param_groups, self.state):
+            if not (readable(params, grads) and usable(params)):
+                return False
+            plan = MuonPlan(self, params, grads, numbers, {}, torch.float32 if self.options.wide else None)
+            control = Control(plan.bundles, self.options)
+            self._plan = plan, control
+            self.skipped_steps = self.skipped_steps.to(params[0].device)
+        elif not strided(grads):
+            return False
+        if capturing_graph(params[0].device):
+            self._captured.append(self._plan)
+        sent, placed = plan.send(grads, self.param_groups)
+        values, self.grad_norm = control.run(sent, scaling(self), self.skipped_steps)
+        plan.update(sent, values, grads, placed, self.param_groups)
+        return True

@@ -184,6 +184,7 @@ def test_state_moves_to_torch_and_back_in_mid_run(name: str, kernel_device: str)
             optimizer.load_state_dict(saved)
         run(optimizer, ours, range(start, start + 3))
         run(reference, alone, range(start, start + 3))
+    assert optimizer.state.keys() == set(ours)
     for p, q in zip(ours, alone, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
         state, expected = optimizer.state[p], reference.state[q]
@@ -209,6 +210,13 @@ def test_clipping_equals_clip_grad_norm_then_step(name: str, path: str, device: 
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0.0)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=2e-6)
+
+
+def test_without_states_none_are_kept(path: str, device: str) -> None:
+    params = parameters([(3,)], device=device)
+    optimizer = make("SGD", params)
+    run(optimizer, params, range(2))
+    assert optimizer.state_dict()["state"] == {}
 
 
 def test_one_norm_over_all_dtypes_of_parameters(path: str, device: str) -> None:

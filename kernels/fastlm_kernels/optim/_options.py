@@ -280,11 +280,13 @@ def make_plan(optimizer: Any, rule: Rule, params: list[Tensor], grads: list[Tens
         for group in groups:
             group.setdefault(SEED, 0)
     places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-    members = [
-        make_member(rule, number, places[id(p)], groups[number], p, optimizer.state[p], options)
-        for p, number in zip(params, numbers, strict=True)
-    ]
-    return Plan(rule, members, grads, groups, options)
+    members = []
+    for p, number in zip(params, numbers, strict=True):
+        state = optimizer.state.get(p, {})
+        members.append(make_member(rule, number, places[id(p)], groups[number], p, state, options))
+        if state:  # torch's SGD without momentum leaves no trace either
+            optimizer.state[p] = state
+    return Plan(rule, members, grads, groups, optimizer.state, options)
 
 
 def _step_torch(optimizer: Any) -> None:

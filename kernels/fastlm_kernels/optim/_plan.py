@@ -264,6 +264,7 @@ class Bundle:
                 *(self.tickets, len(self.members)),
             ),
             num_warps=config.num_warps,
+            max_registers=configs.OPTIM_REGISTERS,
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),
@@ -344,12 +345,18 @@ class Control:
 class Plan:
     """The launches that update these parameters, whose groups all follow one rule."""
 
-    def __init__(self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], options: Any):
+    def __init__(
+        self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], states: Any, options: Any
+    ):
         self.rule, self.options, self.members = rule, options, members
         self.ids = [id(member.param) for member in members]
         self.forms = group_forms(rule, groups)
+        self.dtypes = [grad.dtype for grad in grads]
         self.strides = [member.param.stride() for member in members]
-        self.addresses = self._addresses()
+        self.tensors = [t for member in members for t in member.tensors if t is not None]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.known = [states.get(member.param, {}) for member in members]
+        self.known_ids = [id(state) for state in states.values()]
         positions: dict[Form, list[int]] = {}
         for position, (member, grad) in enumerate(zip(members, grads, strict=True)):
             positions.setdefault(form_of(rule, member, grad, groups), []).append(position)
@@ -358,22 +365,20 @@ class Plan:
         ]
         self.bundles = [bundle for bundle, _ in self.parts]
 
-    def _addresses(self) -> list[int]:
-        return [t.data_ptr() for member in self.members for t in member.tensors if t is not None]
-
     def fits(self, params: list[Tensor], grads: list[Tensor], groups: list[Group], states: Any) -> bool:
         """Whether the plan still describes these parameters, their states and their options."""
         if [id(p) for p in params] != self.ids or group_forms(self.rule, groups) != self.forms:
             return False
-        for member in self.members:
-            state = states[member.param]
+        if [grad.dtype for grad in grads] != self.dtypes:
+            return False
+        # Looking up a parameter hashes it, in Python: the states' own identities tell as much.
+        if [id(state) for state in states.values()] != self.known_ids:
+            return False
+        for member, state in zip(self.members, self.known, strict=True):
             for key, tensor in zip(member.keys, member.tensors, strict=True):
                 if key is not None and state.get(key) is not tensor:
                     return False
-        for bundle, chosen in self.parts:
-            if any(grads[i].dtype != bundle.form.grad for i in chosen):
-                return False
-        return self._addresses() == self.addresses
+        return [t.data_ptr() for t in self.tensors] == self.addresses
 
     def send(self, grads: list[Tensor], groups: list[Group]) -> tuple[list[Sent], list[Tensor]]:
         """What each bundle reads, and the gradients in their parameters' memory order: copies where it is another."""

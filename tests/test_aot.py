@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from fastlm_kernels import _runtime, aot, configs
+from fastlm_kernels.optim.steps import STEPS, Step, bytes_per_parameter
 from fastlm_kernels.registry import KERNELS, Kernel
 
 # One worker compiles the quick report for all tests that read it.
@@ -180,3 +182,57 @@ def test_recording_makes_no_launch_and_ends() -> None:
         raise KeyError
     assert _runtime.architecture(torch.device("cpu")) == "generic"
     assert not _runtime.choose(torch.ones(2))
+
+
+@pytest.fixture(scope="module")
+def step_rows() -> list[aot.Row]:
+    """The quick report's part for the optimizers."""
+    return aot.collect(list(aot.step_jobs(False, ["sm_90"])), workers=1)
+
+
+def test_optimizer_steps_fit_do_not_spill_and_read_16_bytes(step_rows: list[aot.Row]) -> None:
+    """Every class; the loads of the tiles that lie whole on 16-byte boundaries."""
+    assert {row.call.split()[0] for row in step_rows} == {step.name for step in STEPS}
+    assert {"update_kernel", "symmetric_kernel"} <= {row.kernel for row in step_rows}
+    assert [row for row in step_rows if not row.ok] == []
+    for row in step_rows:
+        assert row.kernel != "update_kernel" or row.loads.startswith("128x"), row
+        assert row.kernel != "symmetric_kernel" or row.tensor_core > 0, row
+
+
+def bytes_moved(launch: _runtime.Launch) -> int:
+    """Bytes per element that the compiled kernel's loop over whole tiles reads and writes."""
+    import triton
+
+    source, options = aot.specialise(launch, "sm_90", True)
+    code = triton.compile(source, target=aot._target("sm_90"), options=options.__dict__).asm["ttgir"]
+    loop = re.search(r"\n( *)(?:%\S+ = )?scf\.for .*?\n\1}", code, re.S)
+    assert loop is not None
+    pointers = re.findall(r"tt\.(?:load|store) .*?tensor<\d+x!tt\.ptr<\w*?(\d+)>", loop.group(0))
+    return sum(int(bits) // 8 for bits in pointers)
+
+
+OPTIONS = [
+    ("AdamW", {}, torch.float32, 28),
+    ("AdamW", {"max_grad_norm": 1.0}, torch.float32, 32),
+    ("AdamW", {"skip_nonfinite": True, "zero_grads": True}, torch.float32, 36),
+    ("AdamW", {}, torch.bfloat16, 14),
+    ("AdamW", {"master_weights": True}, torch.bfloat16, 28),
+    ("AdamW", {"stochastic_rounding": True}, torch.bfloat16, 22),
+    ("AdamW", {"amsgrad": True}, torch.float32, 36),
+    ("SGD", {}, torch.float32, 12),
+    ("SGD", {"momentum": 0.9, "zero_grads": True}, torch.float32, 24),
+    ("RMSprop", {"momentum": 0.9, "centered": True}, torch.float32, 36),
+    ("Adagrad", {}, torch.float32, 20),
+    ("Adadelta", {}, torch.bfloat16, 14),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "dtype", "expected"), OPTIONS, ids=str)
+def test_a_step_moves_the_bytes_it_must_and_no_more(
+    name: str, options: dict[str, Any], dtype: torch.dtype, expected: int
+) -> None:
+    """The floor, counted by hand, is what the report says and what the binaries do."""
+    launches = Step(name, ()).record(options, dtype, "sm_90")
+    assert bytes_per_parameter(name, options, dtype) == expected
+    assert sum(bytes_moved(launch) for launch in launches if launch.kernel.__name__ != "control_kernel") == expected

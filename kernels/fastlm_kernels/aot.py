@@ -39,6 +39,7 @@ from torch import Tensor
 
 from . import _runtime, configs
 from .check import leaves_of, outputs_of
+from .optim.steps import STEPS
 from .registry import KERNELS, Arguments, Case, Kernel, case_name
 
 REPORTED_TRITONS = ("3.6", "3.7")
@@ -112,7 +113,9 @@ class _Pointer:
 
 
 def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str) -> list[_runtime.Launch]:
-    """The launches of one registry kernel's forward and backward on `architecture`, made on no device."""
+    """The launches of one registry kernel's forward and backward, or of an optimizer's step, made on no device."""
+    if kernel_index >= len(KERNELS):
+        return STEPS[kernel_index - len(KERNELS)].record(case, dtype, architecture)
     kernel = KERNELS[kernel_index]
     return record_call(kernel, kernel.inputs(dtype, "meta", 0, **case), architecture)
 
@@ -228,9 +231,18 @@ def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
                 yield Job(index, tuple(kernel.quick[-1].items()), torch.float16, architecture, True)
 
 
+def step_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
+    """The same for the optimizers' steps, which find their tensors, and whether they are aligned, by themselves."""
+    for index, step in enumerate(STEPS, len(KERNELS)):
+        for architecture in architectures:
+            for case in step.compiled if every else step.quick:
+                for dtype in (torch.bfloat16, torch.float32):
+                    yield Job(index, tuple(case.items()), dtype, architecture, True)
+
+
 def run(job: Job) -> list[Row]:
     """The report's rows for one job."""
-    kernel, case = KERNELS[job.kernel], dict(job.case)
+    kernel, case = (*KERNELS, *STEPS)[job.kernel], dict(job.case)
     call = f"{kernel.name} {case_name(case)} {str(job.dtype).removeprefix('torch.')}"
     least = sum(kernel.traffic(case, job.dtype, backward) for backward in (False, True))
     launches = record(job.kernel, case, job.dtype, job.architecture)
@@ -250,6 +262,7 @@ def code_lines(source: str) -> list[str]:
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
     modules = {kernel.fused.__module__ for kernel in KERNELS}
+    modules |= {f"{__package__}.optim.{name}" for name in ("_muon_plan", "_plan", "_symmetric", "_update", "steps")}
     modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_math", "_rows", "_runtime")}
     digest = hashlib.sha256()
     for name in sorted(modules):
@@ -308,7 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     if not _runtime.HAS_TRITON or _runtime.INTERPRETED:
         parser.exit(1, "Triton is missing or interprets: install it and unset TRITON_INTERPRET\n")
     architectures = options.arch or (configs.ARCHITECTURES if options.all else QUICK_ARCHITECTURES)
-    rows = collect(list(jobs(options.all, architectures)), options.workers)
+    work = [*jobs(options.all, architectures), *step_jobs(options.all, architectures)]
+    rows = collect(work, options.workers)
     for row in rows:
         values = (f"{k}={v}" for k, v in asdict(row).items() if k != "constexprs")
         sys.stdout.write(f"{'ok  ' if row.ok else 'FAIL'} {' '.join(values)} [{row.constexprs}]\n")

@@ -316,11 +316,11 @@ class SymmetricConfig:
     num_stages: int
 
 
-_SYMMETRIC = {
-    "generic": SymmetricConfig(128, 64, 8, 3),
-    "sm_90": SymmetricConfig(128, 64, 8, 4),
-    "sm_100": SymmetricConfig(128, 64, 8, 4),
-    "gfx942": SymmetricConfig(128, 64, 8, 2),
+SYMMETRIC: dict[str, tuple[SymmetricConfig, ...]] = {
+    "generic": (SymmetricConfig(128, 64, 8, 3),),
+    "sm_90": (SymmetricConfig(128, 64, 8, 4),),
+    "sm_100": (SymmetricConfig(128, 64, 8, 4),),
+    "gfx942": (SymmetricConfig(128, 64, 8, 2),),
 }
 # fp32 is summed without tensor cores: on a GPU only where the kernel is forced.
 _SYMMETRIC_FP32 = SymmetricConfig(32, 32, 4, 2)
@@ -333,7 +333,7 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
         return _SYMMETRIC_FP32
     if size <= 64:
         return _SYMMETRIC_SMALL
-    return _SYMMETRIC.get(architecture, _SYMMETRIC["generic"])
+    return SYMMETRIC.get(architecture, SYMMETRIC["generic"])[0]
 
 
 # Tables by name, for `tune`.

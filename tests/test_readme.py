@@ -16,6 +16,7 @@ from fastlm.config import parse_config, presets
 from fastlm.errors import InputError
 from fastlm.flops import training_flops
 from fastlm.resolve import resolve_model
+from fastlm_kernels.optim.steps import bytes_per_parameter
 from fastlm_kernels.registry import KERNELS
 
 ROOT = Path(__file__).parent.parent
@@ -152,10 +153,19 @@ def test_every_preset_is_listed():
 
 def test_every_public_function_is_listed_with_its_kernel():
     with_kernel = [name for row in table("function") if row[1] != "not yet" for name in names(row[0])]
+    with_kernel.remove("optim.*")  # no function of tensors: its kernels stand in optim/steps.py
     assert with_kernel == [kernel.name for kernel in KERNELS]
     listed = {name for row in table("function") for name in names(row[0])}
     functions = {name for name in fk.__all__ if callable(getattr(fk, name)) and name.islower()}
     assert listed - {"optim.*"} == functions - {"backend", "explain", "patch", "unpatch"}
+
+
+def test_the_bytes_of_an_update_are_the_reports():
+    fp32, bf16 = torch.float32, torch.bfloat16
+    clip, both = {"max_grad_norm": 1.0}, {"skip_nonfinite": True, "zero_grads": True}
+    cases = [({}, fp32), (clip, fp32), (both, fp32), ({"master_weights": True}, bf16)]
+    cases += [({"stochastic_rounding": True}, bf16), ({}, bf16)]
+    assert [int(row[1]) for row in table("AdamW")] == [bytes_per_parameter("AdamW", *case) for case in cases]
 
 
 def test_the_python_example_runs():

@@ -42,7 +42,8 @@ from ._options import (
     take_step,
     unscale,
 )
-from ._plan import Control, Plan, capturing_graph
+from ._plan import Control, Plan, capturing_graph, laid_out_as
+from ._sharded import like_shards_of, local, sharded_as, whole
 from .torch_optim import ADAM
 
 # Under these decorated methods torch imports its compiler, most of a second, on the first call.
@@ -222,34 +223,35 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def _clip_and_find(self, grads: list[Tensor]) -> Tensor | None:
         """Clip if asked; 1.0 where the update has to be skipped and 0.0 where not, on the device, if asked."""
-        self.grad_norm = norm = torch.nn.utils.get_total_norm(grads)
+        self.grad_norm = norm = whole(torch.nn.utils.get_total_norm(grads))
         found = None
         if self.options.skip_nonfinite:
             found = (~norm.isfinite()).float()
             self.skipped_steps = self.skipped_steps.to(found.device) + found.long()
         if self.options.max_grad_norm is not None:
-            clip_in_place(grads, norm, self.options.max_grad_norm)
+            clip_in_place([local(grad) for grad in grads], norm, self.options.max_grad_norm)
         return found
 
     def _muon(
         self, group: dict[str, Any], params: list[Tensor], found: Tensor | None, splits: dict[Tensor, list[int]]
     ) -> None:
         """Momentum, then orthogonalised updates, all blocks of one shape at once."""
-        by_shape: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        results = {p: self._momentum(group, p, found) for p in params}
+        by_shape: dict[Any, list[Tensor]] = defaultdict(list)
         for p in params:
-            update = self._momentum(group, p, found)
-            rows = splits.get(p, [p.shape[0]])
-            for block, block_update in zip(p.split(rows), update.split(rows), strict=True):
-                by_shape[(block.shape, p.device, update.dtype)].append((block, block_update))
+            # Under FSDP2 a process holds some rows; orthogonal are whole blocks, so every process forms them all.
+            results[p] = whole(results[p]).clone()
+            for block in results[p].split(splits.get(p, [p.shape[0]])):
+                by_shape[(block.shape, block.device, block.dtype)].append(block)
         keep = 1.0 if found is None else 1.0 - found
         for (shape, device, dtype), blocks in by_shape.items():
-            matrices = torch.stack([update for _, update in blocks])
             working = torch.bfloat16 if device.type == "cuda" and dtype != torch.float64 else dtype
-            ortho = newton_schulz(matrices.to(working), group["ns_steps"]).to(dtype)
-            lr = group["lr"]
-            ortho.mul_(-lr * scale_of(group, *shape) * keep)
-            for (block, _), update in zip(blocks, ortho, strict=True):
-                block.mul_(1 - lr * group["weight_decay"] * keep).add_(update)
+            ortho = newton_schulz(torch.stack(blocks).to(working), group["ns_steps"]).to(dtype)
+            ortho.mul_(-group["lr"] * scale_of(group, *shape) * keep)
+            for block, update in zip(blocks, ortho, strict=True):
+                block.copy_(update)
+        for p in params:
+            local(p).mul_(1 - group["lr"] * group["weight_decay"] * keep).add_(local(sharded_as(p, results[p])))
 
     def _momentum(self, group: dict[str, Any], p: Tensor, found: Tensor | None) -> Tensor:
         """Update p's momentum in place (not where `found`) and return what is to be orthogonalised."""
@@ -258,14 +260,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         wide = torch.promote_types(p.dtype, torch.float32)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
-        buffer, grad = state["momentum_buffer"], p.grad.to(wide)
+        buffer, grad = local(state["momentum_buffer"]), local(p.grad).to(wide)
         if found is None:
             buffer.lerp_(grad, 1 - group["momentum"])
         else:
             # inf and NaN would survive a factor of 0.
             grad = grad.nan_to_num(0.0, 0.0, 0.0)
             buffer.lerp_(grad, ((1 - group["momentum"]) * (1 - found)).to(wide))
-        return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        return like_shards_of(p, grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor], found: Tensor | None) -> None:
         """torch.optim.AdamW's fused update, one call per device and dtype."""
@@ -282,10 +284,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             skip = None if found is None else found.to(device)
             torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
             torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-                members,
-                [_laid_out_as(p) for p in members],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(p) for p in members],
+                [laid_out_as(local(p), local(p.grad)) for p in members],  # type: ignore[arg-type]
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [],
                 steps,
                 lr=group["lr"],
@@ -326,12 +328,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def _tensor(member: Any) -> Tensor:
     """The parameter in an entry of a group: (name, parameter) or the parameter."""
     return member[1] if isinstance(member, tuple) else member
-
-
-def _laid_out_as(p: Tensor) -> Tensor:
-    """p's gradient in p's own memory order, which the fused operator takes for granted."""
-    assert p.grad is not None
-    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
 
 
 def _check_group(group: dict[str, Any]) -> None:

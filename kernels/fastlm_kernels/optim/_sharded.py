@@ -1,0 +1,67 @@
+"""FSDP2's parameters: `DTensor`s, of which each process holds a part. Everything else passes through unchanged."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; where nobody has imported the class there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts, gathered; every process must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def like_shards_of(param: Any, part: Tensor) -> Tensor:
+    """This process's `part` of a tensor that is cut as `param` is."""
+    if not is_sharded(param):
+        return part
+    cut = sys.modules["torch.distributed.tensor"].DTensor.from_local
+    options = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+    return cut(part, param.device_mesh, param.placements, **options)
+
+
+def sharded_as(param: Any, tensor: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, cut as `param` is; nothing is sent."""
+    if not is_sharded(param):
+        return tensor
+    cut = sys.modules["torch.distributed.tensor"].distribute_tensor
+    return cut(tensor, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def shard_group(params: list[Tensor]) -> Any:
+    """The process group over which these parameters are cut, None if they are not; ValueError if they are not all
+    cut over the same processes, in one way.
+    """
+    groups = {_group_of(param) for param in params}
+    if len(groups) != 1:
+        raise ValueError("parameters are cut over different processes")
+    return groups.pop()
+
+
+def _group_of(param: Any) -> Any:
+    if not is_sharded(param):
+        return None
+    if param.device_mesh.ndim != 1 or not param.placements[0].is_shard():
+        raise ValueError("parameters are cut over more than one dimension of processes, or not at all")
+    return param.device_mesh.get_group()
+
+
+def sum_over(group: Any, values: Tensor) -> Tensor:
+    """The sum of all elements of all processes, 1 element, the same in each."""
+    total = values.sum().view(1)
+    torch.distributed.all_reduce(total, group=group)
+    return total

@@ -1130,14 +1130,14 @@ MUTATIONS = (
         "optim/_update.py",
         "tl.where(tl.load(FOUND_INF) != 0.0, 1.0, skipped)",
         "skipped",
-        "test_fused_optim.py::test_gradscaler_is_followed_without_it_reading_the_device[triton]",
+        "test_fused_optim.py::test_gradscaler_is_followed_without_it_reading_the_device[triton-None]",
     ),
     Mutation(
         "gradients stay scaled",
         "optim/_update.py",
         "factor = 1.0 / tl.load(GRAD_SCALE).to(tl.float32)",
         "factor = 1.0",
-        "test_fused_optim.py::test_gradscaler_is_followed_without_it_reading_the_device[triton]",
+        "test_fused_optim.py::test_gradscaler_is_followed_without_it_reading_the_device[triton-None]",
     ),
     Mutation(
         "rounding by half the noise",

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing import Manager
+from torch.multiprocessing.spawn import spawn
 
 import fastlm_kernels as fk
+from fastlm_kernels import _runtime
 
 OPTIONS = {"lr": 0.05, "max_grad_norm": 0.5, "skip_nonfinite": True, "zero_grads": True}
 
@@ -23,6 +25,8 @@ def _model() -> nn.Sequential:
 def _train(model: nn.Module, name: str, share: slice, poisoned: int, steps: int = 4) -> Any:
     """A few steps on this process's share of the batch; step `poisoned` has a NaN in it on one process."""
     optimizer = getattr(fk.optim, name)(model.parameters(), **OPTIONS)
+    if _runtime.INTERPRETED:
+        assert _runtime.explain(optimizer.step).path == "triton"
     x = torch.linspace(-1, 1, 48).view(8, 6)
     for step in range(steps):
         batch = (x * (step + 1)).sin()
@@ -49,6 +53,8 @@ def _worker(rank: int, port: int, kind: str, name: str, results: Any) -> None:
     full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]  # type: ignore[operator]
     norm = optimizer.grad_norm
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if _runtime.INTERPRETED:
+        assert optimizer._plan is not None  # the step was the kernels', not torch's
     results[rank] = ([p.detach().numpy().tolist() for p in full], float(norm), int(optimizer.skipped_steps))
     torch.distributed.destroy_process_group()
 
@@ -62,9 +68,9 @@ def _free_port() -> int:
 def _check(kind: str, name: str) -> None:
     model = _model()
     single = _train(model, name, slice(0, 8), poisoned=2)
-    with mp.Manager() as manager:
+    with Manager() as manager:
         results = manager.dict()
-        mp.spawn(_worker, args=(_free_port(), kind, name, results), nprocs=2)
+        spawn(_worker, args=(_free_port(), kind, name, results), nprocs=2)
         found = [results[rank] for rank in (0, 1)]
     assert found[0] == found[1]
     values, norm, skipped = found[0]

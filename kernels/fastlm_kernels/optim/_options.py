@@ -11,6 +11,7 @@ torch     closure;  norm = sqrt(sum over all gradients of g^2)
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 from .. import _runtime
 from ._plan import KERNEL_DTYPES, MASTER, SEED, STEP, Control, Plan, Rule, capturing_graph, dense, make_member
 from ._rounding import round_stochastically
+from ._sharded import cut_alike, local, shard_group
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,12 @@ class WithOptions:
 
 def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` hidden from Dynamo, which is not imported for it (most of a second) where nobody else has."""
-    dynamo = sys.modules.get("torch._dynamo")
-    return fn if dynamo is None else dynamo.disable(fn)
+    return fn if sys.modules.get("torch._dynamo") is None else _disabled(fn)
+
+
+@functools.cache
+def _disabled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return sys.modules["torch._dynamo"].disable(fn)
 
 
 def keep_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -185,12 +191,16 @@ def _widen(optimizer: Any) -> None:
 def take_step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
     """The closure, then one step by the kernels or by torch."""
     first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    first = first if first is None else local(first)
     fused = _runtime.choose(first, obstacle=obstacle(optimizer))
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    if not (fused and optimizer._step_fused()):
+    if fused and first is not None:
+        with _runtime.on_device(first):
+            fused = optimizer._step_fused()
+    if not fused:
         optimizer._step_torch()
     return loss
 
@@ -255,21 +265,22 @@ def _step_fused(optimizer: Any) -> bool:
     params, grads, numbers = entries(groups)
     if not params:
         return True
+    parts = [local(grad) for grad in grads]
     known: tuple[Plan, Control] | None = optimizer._plan
-    if known is None or not known[0].fits(params, grads, groups, optimizer.state):
-        if not readable(params, grads):
+    if known is None or not known[0].fits(params, parts, groups, optimizer.state):
+        if not readable([local(p) for p in params], parts) or not cut_alike(params):
             return False
-        plan = make_plan(optimizer, optimizer.rule, params, grads, numbers)
-        known = optimizer._plan = plan, Control(plan.bundles, optimizer.options)
+        plan = make_plan(optimizer, optimizer.rule, params, parts, numbers)
+        known = optimizer._plan = plan, Control(plan.bundles, optimizer.options, shard_group(params[0]))
         optimizer.skipped_steps = optimizer.skipped_steps.to(params[0].device)
-    elif not strided(grads):
+    elif not strided(parts):
         return False
     if capturing_graph(params[0].device):
         optimizer._captured.append(known)
     plan, control = known
-    sent, placed = plan.send(grads, groups)
+    sent, placed = plan.send(parts, groups)
     values, optimizer.grad_norm = control.run(sent, scaling(optimizer), optimizer.skipped_steps)
-    plan.update(sent, values, grads, placed)
+    plan.update(sent, values, parts, placed)
     return True
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import _runtime, configs
 from .._runtime import launch, tl
 from ._rounding import seed_of
+from ._sharded import is_sharded, local, sum_over
 from ._update import FIELDS, SCALARS, control_kernel, norm_partial_kernel, update_kernel
 
 MASTER = "fastlm/master"
@@ -62,12 +63,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter: its group's number and its tensors (parameter, three states, master, step; None: has none)."""
+    """One parameter: its group's number and its tensors (parameter, three states, master, step; None: has none).
+
+    kept  the same as the optimizer holds them: under FSDP2 `tensors` are this process's parts
+    """
 
     group: int
     index: int
     tensors: tuple[Tensor | None, ...]
     keys: tuple[str | None, ...]
+    kept: tuple[Tensor | None, ...] = ()
 
     @property
     def param(self) -> Tensor:
@@ -104,37 +109,51 @@ def capturing_graph(device: torch.device) -> bool:
 class Upload:
     """Words on the device, sent again only when they differ, through pinned memory that is not overwritten too early.
 
-    A captured graph repeats its copies: it gets buffers of its own, which nothing else writes.
+    A captured graph repeats its copies: it gets buffers of its own, which nothing else writes, made before the capture,
+    which allows no pinned memory to be allocated.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.words: list[int] = []
-        self.tensor = torch.empty(0, dtype=torch.int64, device=device)
+        self.tensor = self._empty(0)
+        self._asynchronous = device.type == "cuda" and not _runtime.INTERPRETED
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._captured: list[Tensor] = []
+        self._spare: tuple[Tensor, Tensor] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=self.device)
+
+    def _make_spare(self, count: int) -> tuple[Tensor, Tensor]:
+        return self._empty(count), torch.empty(count, dtype=torch.int64, pin_memory=True)
 
     def reserve(self, count: int) -> Tensor:
         """The device buffer that `count` words will be sent to: words may hold addresses inside it."""
         if capturing_graph(self.device):
-            self._captured.append(torch.empty(count, dtype=torch.int64, device=self.device))
-            return self._captured[-1]
+            if self._spare is None or self._spare[0].numel() != count:
+                self._spare = self._make_spare(count)
+            self._captured.append(self._spare)
+            self._spare = None
+            return self._captured[-1][0]
         if self.tensor.numel() != count:
-            self.tensor, self.words = torch.empty(count, dtype=torch.int64, device=self.device), []
+            self.tensor, self.words = self._empty(count), []
+        if self._asynchronous and (self._spare is None or self._spare[0].numel() != count):
+            self._spare = self._make_spare(count)
         return self.tensor
 
     def send(self, words: list[int], buffer: Tensor) -> None:
         """Fill a reserved buffer."""
         if buffer is not self.tensor:
-            self._captured.append(torch.tensor(words, dtype=torch.int64).pin_memory())
-            buffer.copy_(self._captured[-1], non_blocking=True)
+            pinned = self._captured[-1][1].copy_(torch.tensor(words, dtype=torch.int64))
+            buffer.copy_(pinned, non_blocking=True)
         elif words != self.words:
             host = torch.tensor(words, dtype=torch.int64)
-            if self.device.type != "cuda" or _runtime.INTERPRETED:
-                buffer.copy_(host)
-            else:
+            if self._asynchronous:
                 buffer.copy_(self._staged(host), non_blocking=True)
                 self._staging[-1][1].record()
+            else:
+                buffer.copy_(host)
             self.words = words
 
     def _staged(self, host: Tensor) -> Tensor:
@@ -294,7 +313,9 @@ def _on_device(host: Tensor, device: torch.device) -> Tensor:
 class Control:
     """What comes before the update: the gradients' norm and factor, and whether to leave the step out."""
 
-    def __init__(self, bundles: list[Bundle], options: Any):
+    def __init__(self, bundles: list[Bundle], options: Any, group: Any = None):
+        """group: the processes over which the parameters are cut, if they are."""
+        self.group = group
         device = bundles[0].device
         self.bundles, self.options = bundles, options
         self.values = torch.empty(2, dtype=torch.float32, device=device)
@@ -306,18 +327,24 @@ class Control:
         if not self.options.needs_norm:
             if grad_scale is None and found_inf is None:
                 return None, None
-            self._launch(None, grad_scale, found_inf, skipped)
+            self._launch(self.partial, None, grad_scale, found_inf, skipped)
             return self.values, None
         offset = 0
         for bundle, (buffer, _) in zip(self.bundles, sent, strict=True):
             bundle.launch_norm(buffer, self.partial, offset)
             offset += bundle.chunks
         norm = torch.empty((), dtype=torch.float32, device=self.values.device)
-        self._launch(norm, grad_scale, found_inf, skipped)
+        partial = self.partial if self.group is None else sum_over(self.group, self.partial)
+        self._launch(partial, norm, grad_scale, found_inf, skipped)
         return self.values, norm
 
     def _launch(
-        self, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None, skipped: Tensor
+        self,
+        partial: Tensor,
+        norm: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        skipped: Tensor,
     ) -> None:
         options, limit = self.options, self.options.max_grad_norm
         config = configs.optim_config(_runtime.architecture(self.values.device), self.partial.itemsize)
@@ -325,12 +352,12 @@ class Control:
             control_kernel,
             (1,),
             (
-                self.partial,
+                partial,
                 # A pointer that is not read stands for what is not there.
-                self.partial if grad_scale is None else grad_scale,
-                self.partial if found_inf is None else found_inf,
+                partial if grad_scale is None else grad_scale,
+                partial if found_inf is None else found_inf,
                 self.values if norm is None else norm,
-                *(self.values, skipped, self.partial.numel(), 0.0 if limit is None else float(limit)),
+                *(self.values, skipped, partial.numel(), 0.0 if limit is None else float(limit)),
             ),
             num_warps=config.num_warps,
             HAS_NORM=norm is not None,
@@ -349,13 +376,13 @@ class Plan:
         self, rule: Rule, members: list[Member], grads: list[Tensor], groups: list[Group], states: Any, options: Any
     ):
         self.rule, self.options, self.members = rule, options, members
-        self.ids = [id(member.param) for member in members]
+        self.ids = [id(member.kept[0]) for member in members]
         self.forms = group_forms(rule, groups)
         self.dtypes = [grad.dtype for grad in grads]
         self.strides = [member.param.stride() for member in members]
         self.tensors = [t for member in members for t in member.tensors if t is not None]
         self.addresses = [t.data_ptr() for t in self.tensors]
-        self.known = [states.get(member.param, {}) for member in members]
+        self.known = [states.get(member.kept[0], {}) for member in members]
         self.known_ids = [id(state) for state in states.values()]
         positions: dict[Form, list[int]] = {}
         for position, (member, grad) in enumerate(zip(members, grads, strict=True)):
@@ -375,7 +402,7 @@ class Plan:
         if [id(state) for state in states.values()] != self.known_ids:
             return False
         for member, state in zip(self.members, self.known, strict=True):
-            for key, tensor in zip(member.keys, member.tensors, strict=True):
+            for key, tensor in zip(member.keys, member.kept, strict=True):
                 if key is not None and state.get(key) is not tensor:
                     return False
         return [t.data_ptr() for t in self.tensors] == self.addresses
@@ -438,7 +465,8 @@ def make_member(
         state[MASTER] = param.detach().to(torch.float32, copy=True)
     named = (*keys, MASTER if has_master else None)
     for key in named:
-        if key is not None:
+        if key is not None and not is_sharded(param):
             state[key] = laid_out_as(param, state[key])
-    tensors = (param, *(None if key is None else state[key] for key in (*named, step)))
-    return Member(number, index, tensors, (None, *named, step))
+    kept = (param, *(None if key is None else state[key] for key in (*named, step)))
+    tensors = tuple(None if tensor is None else local(tensor) for tensor in kept)
+    return Member(number, index, tensors, (None, *named, step), kept)

@@ -42,22 +42,19 @@ def sharded_as(param: Any, tensor: Tensor) -> Tensor:
     return cut(tensor, param.device_mesh, param.placements, src_data_rank=None)
 
 
-def shard_group(params: list[Tensor]) -> Any:
-    """The process group over which these parameters are cut, None if they are not; ValueError if they are not all
-    cut over the same processes, in one way.
-    """
-    groups = {_group_of(param) for param in params}
-    if len(groups) != 1:
-        raise ValueError("parameters are cut over different processes")
-    return groups.pop()
+def cut_alike(params: list[Any]) -> bool:
+    """Whether none is cut, or all are, into disjoint parts over one line of the same processes."""
+    if not any(is_sharded(param) for param in params):
+        return True
+    if not all(is_sharded(param) for param in params) or params[0].device_mesh.ndim != 1:
+        return False
+    mesh = params[0].device_mesh
+    return all(param.device_mesh == mesh and param.placements[0].is_shard() for param in params)
 
 
-def _group_of(param: Any) -> Any:
-    if not is_sharded(param):
-        return None
-    if param.device_mesh.ndim != 1 or not param.placements[0].is_shard():
-        raise ValueError("parameters are cut over more than one dimension of processes, or not at all")
-    return param.device_mesh.get_group()
+def shard_group(param: Any) -> Any:
+    """The processes over which `param` is cut; None if it is not."""
+    return param.device_mesh.get_group() if is_sharded(param) else None
 
 
 def sum_over(group: Any, values: Tensor) -> Tensor:

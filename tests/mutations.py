@@ -1196,6 +1196,13 @@ MUTATIONS = (
         "test_fused_optim.py::test_a_training_loop_with_accumulation[triton-True]",
     ),
     Mutation(
+        "a captured step shares its buffers",
+        "optim/_plan.py",
+        "            self._captured.append(self._spare)\n            self._spare = None\n",
+        "            self._captured.append(self._spare)\n",
+        "test_fused_optim.py::test_what_a_captured_step_reads_is_written_by_nobody_else",
+    ),
+    Mutation(
         "a replaced state goes unnoticed",
         "optim/_plan.py",
         "state.get(key) is not tensor",

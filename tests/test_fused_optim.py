@@ -16,9 +16,10 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime, check, configs
-from fastlm_kernels.optim import _options
+from fastlm_kernels.optim import _options, _plan
 from fastlm_kernels.optim._rounding import round_stochastically
 from fastlm_kernels.optim._symmetric import symmetric_product
+from fastlm_kernels.optim._update import FIELDS
 
 RULES = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "RMSprop")
 # Every state that a class can have.
@@ -167,6 +168,27 @@ def test_every_size_and_alignment_and_nothing_beside_it(dtype: torch.dtype, kern
     for buffer, view in buffers:
         inside = buffer.isfinite()
         assert int(inside.sum()) == view.numel()
+
+
+@pytest.mark.needs_kernels
+def test_elements_past_two_to_the_31(kernel_device: str) -> None:
+    """The last chunk of a tensor of 2^31 + 5 elements, of which only that chunk is there."""
+    ours, theirs = (parameters([(5,)], device=kernel_device) for _ in range(2))
+    optimizer, reference = make("AdamW", ours, max_grad_norm=1e9), make("AdamW", theirs)
+    run(optimizer, ours, range(1))
+    run(reference, theirs, range(2))
+    set_gradients(ours, 1)
+    (plan, control), before = optimizer._plan, 2**31
+    bundle, gradient = plan.bundles[0], ours[0].grad
+    assert gradient is not None
+    bundle.table[:, :3] -= 4 * before  # parameter and two states begin so much earlier
+    bundle.table[:, FIELDS.index("size")] += before
+    bundle.table[:, FIELDS.index("first_chunk")] -= before // CHUNK
+    sent = bundle.send([gradient.data_ptr() - 4 * before], optimizer.param_groups)
+    values, norm = control.run([sent], (None, None), optimizer.skipped_steps)
+    bundle.launch_update(sent, values)
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(norm, gradient.norm())
 
 
 @pytest.mark.needs_kernels
@@ -552,12 +574,56 @@ def test_a_captured_step_needs_every_gradient_and_its_state(
     optimizer = make("AdamW", params)
     set_gradients(params, 0)
     monkeypatch.setattr(_options, "capturing_graph", lambda device: True)
-    monkeypatch.setattr("fastlm_kernels.optim._plan.capturing_graph", lambda device: True)
+    monkeypatch.setattr(_plan, "capturing_graph", lambda device: True)
     with pytest.raises(RuntimeError, match="made in its first step: run one before capturing"):
         optimizer.step()
     params[1].grad = None
     with pytest.raises(RuntimeError, match=r"a parameter has no gradient; fill every p\.grad"):
         optimizer.step()
+
+
+@pytest.mark.needs_kernels
+def test_what_a_captured_step_reads_is_written_by_nobody_else(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph repeats its launches and its copies: addresses and scalars must be there, as they were."""
+    params = parameters([(3,), (2,)], device=kernel_device)
+    optimizer = make("AdamW", params)
+    run(optimizer, params, range(1))
+    upload = optimizer._plan[0].bundles[0].upload
+    with monkeypatch.context() as capture:
+        capture.setattr(_options, "capturing_graph", lambda device: True)
+        capture.setattr(_plan, "capturing_graph", lambda device: True)
+        capture.setattr(upload, "_make_spare", lambda count: (upload._empty(count), torch.empty(count).long()))
+        run(optimizer, params, range(1, 3))
+    captured = [(device, device.clone()) for device, _ in upload._captured]
+    assert len({device.data_ptr() for device, _ in captured}) == 2
+    for device, pinned in upload._captured:
+        assert torch.equal(device.cpu(), pinned)
+    optimizer.param_groups[0]["lr"] = 1.0
+    run(optimizer, params, range(3, 5))
+    for device, before in captured:
+        assert torch.equal(device, before)
+        assert device.data_ptr() != upload.tensor.data_ptr()
+    optimizer.add_param_group({"params": parameters([(4,)], device=kernel_device)})
+    run(optimizer, [p for group in optimizer.param_groups for p in group["params"]], range(5, 6))
+    assert optimizer._captured[0][0].bundles[0].upload is upload
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_learning_rate_schedulers_and_hooks_work(name: str, path: str, device: str) -> None:
+    ours, theirs = (parameters([(5, 3)], device=device) for _ in range(2))
+    pairs = [(make(name, ours), ours), (getattr(torch.optim, name)(theirs, lr=0.05), theirs)]
+    calls: list[str] = []
+    for optimizer, params in pairs:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        for step in range(3):
+            run(optimizer, params, range(step, step + 1))
+            scheduler.step()
+    assert calls == ["before", "after"] * 6
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
 
 
 def test_dynamo_does_not_look_inside(path: str, device: str) -> None:

@@ -293,7 +293,8 @@ class OptimConfig:
 # the first one: its row of the table, the group's scalars, the step.
 OPTIM_CHUNK = 8192
 _OPTIM_THREADS = 256
-OPTIM_REGISTERS = 168  # every option at once on 16-bit tensors: 128 would spill
+# For every option at once on 16-bit tensors, which else spill on sm_80; asked for elsewhere, it costs resident warps.
+OPTIM_REGISTERS = 168
 
 
 def optim_config(architecture: str, *itemsizes: int) -> OptimConfig:

@@ -50,7 +50,7 @@ class StepOptions:
                 "stochastic_rounding: got True beside master_weights=True; leave one out, masters lose no update"
             )
         if self.state_bits == 8:
-            raise ValueError("state_bits: got 8; it arrives with the fused optimizers, leave it at 32 until then")
+            raise ValueError("state_bits: got 8; there is no 8-bit state yet, leave it at 32")
 
     @property
     def needs_norm(self) -> bool:

@@ -283,7 +283,7 @@ class Bundle:
                 *(self.tickets, len(self.members)),
             ),
             num_warps=config.num_warps,
-            max_registers=configs.OPTIM_REGISTERS,
+            max_registers=configs.OPTIM_REGISTERS if control is not None and zero and max(sizes) == 2 else None,
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),

@@ -15,7 +15,7 @@ from .. import _runtime, configs
 from .._runtime import kernel, launch, tl
 
 
-@kernel()
+@kernel(do_not_specialize=("tiles",))
 def symmetric_kernel(
     X,
     ADD,

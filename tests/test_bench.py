@@ -50,6 +50,21 @@ def test_kernel_benches_run_and_say_what_they_timed(tmp_path: Path) -> None:
         assert all(row["spill_bytes"] == 0 for info in resources for row in info["binaries"])
 
 
+def test_the_optimizer_bench_runs_and_says_what_it_timed(tmp_path: Path) -> None:
+    """Every provider, with and without clipping, on a small model."""
+    file = tmp_path / "bench.json"
+    options = ["--benchmark-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={file}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "bench/bench_optim.py", *options]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    infos = [benchmark["extra_info"] for benchmark in json.loads(file.read_text())["benchmarks"]]
+    found = {(info["kernel"], info["provider"]) for info in infos}
+    assert found == {(f"adamw.{k}", p) for k in ("step", "clipped") for p in ("fastlm", "fused", "foreach")}
+    assert all(info["ratio"] > 0 and info["seconds"] > 0 and info["host_seconds"] > 0 for info in infos)
+
+
 def test_every_run_reads_inputs_and_upstream_gradients_of_its_own() -> None:
     """Copies of all tensors, leaves as before, together larger than a cache; few of large ones."""
     x = torch.ones(1 << 20, requires_grad=True)  # 4 MiB, as is the upstream gradient

@@ -317,12 +317,8 @@ class SymmetricConfig:
     num_stages: int
 
 
-SYMMETRIC: dict[str, tuple[SymmetricConfig, ...]] = {
-    "generic": (SymmetricConfig(128, 64, 8, 3),),
-    "sm_90": (SymmetricConfig(128, 64, 8, 4),),
-    "sm_100": (SymmetricConfig(128, 64, 8, 4),),
-    "gfx942": (SymmetricConfig(128, 64, 8, 2),),
-}
+# As many steps on their way as shared memory holds; elsewhere 3, which fits 99 KB.
+_SYMMETRIC_STAGES = {"sm_90": 4, "sm_100": 4, "gfx942": 2}
 # fp32 is summed without tensor cores: on a GPU only where the kernel is forced.
 _SYMMETRIC_FP32 = SymmetricConfig(32, 32, 4, 2)
 _SYMMETRIC_SMALL = SymmetricConfig(64, 64, 4, 3)
@@ -334,7 +330,7 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
         return _SYMMETRIC_FP32
     if size <= 64:
         return _SYMMETRIC_SMALL
-    return SYMMETRIC.get(architecture, SYMMETRIC["generic"])[0]
+    return SymmetricConfig(128, 64, 8, _SYMMETRIC_STAGES.get(architecture, 3))
 
 
 # Tables by name, for `tune`.

@@ -4,8 +4,8 @@ Ours, torch's fused and foreach, with and without clipping of the global norm, o
 a GPU, by CUDA-graph replay; a small model on a CPU, where ours is torch's.
 
 `extra_info` holds kernel, provider, shape, dtype, ratio (the time of torch's fused step over this one's: above 1 is
-faster), seconds a step (device time on a GPU), host_seconds of one eager call, and bytes a second, counting what ours must
-move (28 bytes a parameter in fp32, 32 with clipping).
+faster), seconds a step (device time on a GPU), host_seconds of one eager call, and bytes a second, which counts what
+ours must move (28 bytes a parameter in fp32, 32 with clipping).
 """
 
 from __future__ import annotations

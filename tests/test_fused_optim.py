@@ -525,6 +525,16 @@ def test_stochastic_rounding_beside_masters_is_an_error() -> None:
         make("SGD", parameters([(2,)]), master_weights=True, stochastic_rounding=True)
 
 
+@pytest.mark.parametrize("name", [*RULES, "MuonWithAdamW"])
+def test_rounding_knows_bfloat16_alone(name: str) -> None:
+    half = parameters([(2, 3)], torch.float16)
+    with pytest.raises(ValueError, match=r"got a torch.float16 parameter of shape \(2, 3\); give bfloat16 parameters"):
+        make(name, half, stochastic_rounding=True)
+    optimizer = make(name, parameters([(2, 3)]), stochastic_rounding=True)
+    with pytest.raises(ValueError, match=r"got a torch\.float16 parameter"):
+        optimizer.add_param_group({"params": half})
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_sparse_gradients_are_torchs_affair(name: str, path: str, device: str) -> None:
     ours, theirs = (parameters([(4, 3)], device=device)[0] for _ in range(2))

@@ -129,6 +129,11 @@ class WithOptions:
             self._install(*installed)
         super().__setstate__(state)  # type: ignore[misc]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        check_rounding(self.options, self.param_groups[-1])  # type: ignore[attr-defined]
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler's question: may it leave scale and inf check to `step`, on the device?"""
@@ -155,6 +160,16 @@ class WithOptions:
         """As torch's, but every state keeps the dtype it was saved in (torch casts it to the parameter's)."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
         keep_dtypes(self, state_dict)
+
+
+def check_rounding(options: StepOptions, group: dict[str, Any]) -> None:
+    """ValueError for a parameter that stochastic rounding does not know."""
+    for p in group["params"] if options.stochastic_rounding else ():
+        if p.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"stochastic_rounding: got a {p.dtype} parameter of shape {tuple(p.shape)}; give bfloat16 parameters "
+                "(float32 ones lose nothing and stay as they are), or use master_weights"
+            )
 
 
 def opaque(fn: Callable[..., Any]) -> Callable[..., Any]:

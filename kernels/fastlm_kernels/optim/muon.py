@@ -28,6 +28,7 @@ from ._muon_plan import MuonPlan, scale_of, usable
 from ._newton_schulz import newton_schulz
 from ._options import (
     StepOptions,
+    check_rounding,
     clip_in_place,
     entries,
     fill_with_zeros,
@@ -148,6 +149,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             param_group.setdefault("fused", True)  # torch's sign for: "step" lives on the parameter's device
         _add_param_group(self, param_group)
         _check_group(self.param_groups[-1])
+        check_rounding(self.options, self.param_groups[-1])
 
     # GradScaler may leave its scale and its finding to `step`.
     _step_supports_amp_scaling = True

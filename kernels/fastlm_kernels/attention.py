@@ -10,9 +10,29 @@ For one head, q (L, D), k (S, D), v (S, E), query i standing at position p_i amo
     causal_align "top_left": p_i = i, as PyTorch's is_causal;  "bottom_right": p_i = i + S - L, the last query at the
     last key. It places the window too.
 
-FLOPs: 4 L S D a head forward, 10 L S D backward, half of it when causal. Bytes: PyTorch's fused operators read q, k, v
-and write out, and save lse for backward; the explicit form below, which serves `softcap` and `return_lse`, holds
-L x S scores a head.
+With the weights p_ij = exp(s_ij - lse_i) and the upstream gradients dout and dlse, the gradients are
+
+    delta_i = dout_i . out_i - dlse_i
+    ds_ij = p_ij (dout_i . v_j - delta_i);   times 1 - (s_ij / softcap)^2 with a cap
+    dq_i = scale sum_j ds_ij k_j;   dk_j = scale sum_i ds_ij q_i;   dv_j = sum_i p_ij dout_i
+
+With dropout out sums z_ij p_ij v_j, z_ij 0 or 1 / (1 - dropout_p): dv takes z_ij p_ij, ds_ij takes z_ij dout_i . v_j.
+
+FLOPs: 4 L S D a head forward, half of it when causal. Scores are never stored: forward reads q, k, v and writes out and
+one number a query, lse in units of log2. Saved for backward: those five. Backward is a pass for delta (reads out and
+dout), then a kernel for dk and dv, a program for each tile of keys, over the queries of all heads that read it, and one
+for dq, a program for each tile of queries: 14 L S D, the scores formed twice, because every sum is then made by one
+program in one order. Two runs give the same bits; the 10 L S D of a single pass would add up dq by atomics.
+
+Tiles that the causal bound, the window or a document's end leaves empty are never loaded; tiles seen whole take no
+mask arithmetic by position; the program with the most tiles starts first; heads that share keys, and as many others as
+the L2 cache holds, run side by side. A few queries against many keys, as in generation: the queries of all heads that
+share keys are one tile, the keys are split over programs, and a second kernel joins the parts by their lse.
+
+Sums, scores and weights are in fp32; p and ds are rounded to the inputs' dtype as operands of matrix products, as in
+every fused attention. fp32 inputs take exact products, without tensor cores' tf32. Calls that no kernel covers, float
+masks and float64 among them, are PyTorch's operators; the explicit form below, which serves `softcap` and `return_lse`
+there, holds L x S scores a head.
 """
 
 from __future__ import annotations

@@ -1147,7 +1147,7 @@ MUTATIONS = (
         "attention.py",
         "        ds *= 1.0 - slope * slope",
         "        ds *= 1.0",
-        _ATTENTION_CASE.format("rows40-keys99-causal-columns72-values8-softcap5.0-heads2-kv_heads2"),
+        _ATTENTION_CASE.format("rows40-keys99-causal-columns72-values8-softcap2.0-heads2-kv_heads2"),
     ),
     Mutation(
         "attention: one head of a group left out of dk and dv",

@@ -281,6 +281,8 @@ ATTENTION_DECODE: AttentionTable = {
         ),
     ),
 }
+# Without this the assembler stops at 80 in some fp32 binaries, and spills.
+ATTENTION_FP32_REGISTERS = 255
 # With a mask in memory and wide heads: addresses of the mask's bytes take registers too.
 ATTENTION_MASKED_KEYS = 32
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.

@@ -37,28 +37,30 @@ def _mend_bf16_in_the_interpreter() -> None:
     """
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    builder: Any = interpreter.InterpreterBuilder
+    handle: Any = interpreter.TensorHandle
+    multiply, cast = builder.create_dot, builder.cast_impl
 
-    def wide(x: TensorHandle) -> TensorHandle:
+    def wide(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
             return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return multiply(self, wide(a), wide(b), *rest)
 
-    def cast_impl(self: InterpreterBuilder, x: TensorHandle, to: Any) -> TensorHandle:
+    def cast_impl(self: Any, x: Any, to: Any) -> Any:
         if x.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
             return cast(self, x, to)
         bits = np.ascontiguousarray(x.data).view(np.uint32)
         rounded = bits + (0x7FFF + ((bits >> 16) & 1))
         kept = np.where(np.isnan(x.data), bits | 0x400000, rounded) >> 16
-        return TensorHandle(kept.astype(np.uint16).reshape(np.shape(x.data)), tl.bfloat16)
+        return handle(kept.astype(np.uint16).reshape(np.shape(x.data)), tl.bfloat16)
 
-    InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.cast_impl = cast_impl
+    builder.create_dot = create_dot
+    builder.cast_impl = cast_impl
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -500,10 +500,10 @@ def _attend(
 ):
     """Online softmax over the keys begin .. end of one tile of queries: (sum of p v, sum of p, largest score)."""
     d_ok, e_ok = (tl.arange(0, BLOCK_D) < D)[:, None], (tl.arange(0, BLOCK_E) < E)[None, :]
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # type: ignore[attr-defined]
         cols = start + tl.arange(0, BLOCK_N)
         k = _load_tile(k_at + start * stride_ks, d_ok, (cols < S)[None, :], D != BLOCK_D, MASKED)
-        s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)
+        s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         factor = scale * 1.4426950408889634
         if HAS_SOFTCAP:
             s, _ = _capped(s, scale, softcap)
@@ -1014,7 +1014,7 @@ def attention_dkdv_kernel(
         at = rows_at + wide_head * total_q + begin
         q_tile = q_at + wide_head * stride_qh * UNIT + begin * stride_qt
         q = _load_tile(q_tile, (d < D)[:, None], rows_ok[None, :], D != BLOCK_D, True)
-        s = tl.dot(k, q, input_precision="ieee", out_dtype=ACC)
+        s = tl.dot(k, q, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         lse = tl.load(LSE + at + m, mask=rows_ok, other=float("-inf"))
         p, slope = _weights(s, _finite(lse)[None, :], scale, softcap, HAS_SOFTCAP)
         on_edge = (begin < full) | (begin >= edge)
@@ -1116,12 +1116,12 @@ def _gather_keys(
 ):
     """Add what the keys begin .. end give to dq of one tile of queries."""
     d_ok, e_ok = (tl.arange(0, BLOCK_D) < D)[:, None], (tl.arange(0, BLOCK_E) < E)[:, None]
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # type: ignore[attr-defined]
         cols = start + tl.arange(0, BLOCK_N)
         cols_ok = (cols < S)[None, :]
         k = _load_tile(k_at + start * stride_ks, d_ok, cols_ok, D != BLOCK_D, MASKED)
         v = _load_tile(v_at + start * stride_vs, e_ok, cols_ok, E != BLOCK_E, MASKED)
-        s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)
+        s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         p, slope = _weights(s, lse, scale, softcap, HAS_SOFTCAP)
         if MASKED or HAS_MASK or HAS_KEY_MASK:
             seen = _seen(
@@ -1146,12 +1146,12 @@ def _gather_keys(
         kept = p
         if HAS_DROPOUT:
             kept = _kept(seed, head, rows, cols[None, :], dropout)
-        dp = tl.dot(do, v, input_precision="ieee", out_dtype=ACC)
+        dp = tl.dot(do, v, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         ds = _score_gradient(p, dp, delta, slope, kept, dropout, HAS_SOFTCAP, HAS_DROPOUT)
         if MASKED:
             ds = tl.where(_alone(rows, S, shift, left, right, HAS_LEFT, HAS_RIGHT), 0.0, ds)
         # dq = ds k
-        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee", out_dtype=ACC)
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
     return dq
 
 

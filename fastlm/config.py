@@ -187,7 +187,7 @@ BOUNDS: dict[str, Bound] = {
 # What this version does not do yet: (key, values refused, what to write instead).
 LATER: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("model.family", ("lstm",), "the LSTM comes with a later version; use modern or gpt2"),
-    ("model.attention", ("triton", "flash"), "comes with a later version; use auto or sdpa"),
+    ("model.attention", ("flash",), "comes with a later version; use auto, triton or sdpa"),
     ("train.parallel", ("ddp", "fsdp"), "more than one device comes with a later version; use auto"),
     (
         "data.path",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fastlm_kernels as fk
 from fastlm.config import ModelConfig
+from fastlm_kernels.attention import scaled_dot_product_attention_reference as sdpa
 
 NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
 ROPE_BASE = 10_000.0
@@ -88,6 +89,7 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.n_kv_head = layer, cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.head_dim = cfg.n_embd // cfg.n_head
         self.rotary = cfg.family == "modern"
+        self.attend = fk.scaled_dot_product_attention if cfg.attention == "triton" else sdpa
         bias = cfg.family == "gpt2" and cfg.bias
         self.sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
         self.qkv = Linear(cfg.n_embd, sum(self.sizes) * self.head_dim, bias=bias)
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BKTC, v_BKTC = cache.append(self.layer, k_BKTC, v_BKTC)
             align = "bottom_right"  # the T queries are the newest of the S tokens held
-        y_BHTC = fk.scaled_dot_product_attention(
+        y_BHTC = self.attend(
             q_BHTC,
             k_BKTC,
             v_BKTC,

@@ -34,8 +34,8 @@ def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | Non
     notes.append(note)
     cfg.model.kernels, note = _kernels(cfg, device)
     notes.append(note)
-    cfg.model.attention = "sdpa"
-    notes.append("attention: PyTorch's scaled_dot_product_attention")
+    cfg.model.attention, note = _attention(cfg, device)
+    notes.append(note)
     cfg.train.compile, note = _compile(cfg, device, training_flops(cfg, vocab_size, steps))
     notes.append(note)
     if cfg.train.micro_batch_size is None:
@@ -81,6 +81,17 @@ def _kernels(cfg: Config, device: torch.device) -> tuple[Literal["triton", "torc
             "kernels: PyTorch's ops (the interpreter is for tests; --model.kernels triton asks for it)",
         )
     return "triton", "kernels: fastlm's Triton kernels where one exists, else PyTorch's ops"
+
+
+def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa"], str]:
+    """`cfg.model.kernels` is resolved. PyTorch's unless asked otherwise: no device's speeds are on record yet."""
+    if cfg.model.attention != "triton":
+        return "sdpa", "attention: PyTorch's scaled_dot_product_attention"
+    if cfg.model.kernels == "torch":
+        raise InputError(
+            "--model.attention", "triton", f"no Triton kernels in this run on {device.type}; use auto or sdpa"
+        )
+    return "triton", "attention: fastlm's Triton kernel, as asked"
 
 
 def _compile(cfg: Config, device: torch.device, flops: float) -> tuple[bool, str]:

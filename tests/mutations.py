@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kernels" / "fastlm_kernels"
 _EVERY = "test_every_kernel.py::"
 _ACCURATE = _EVERY + "test_as_accurate_as_pytorch[{}]"
+_ATTENTION_CASE = "test_attention.py::test_masked_softmax_written_out[{}]"
 _LONG = _EVERY + "test_long_rows_walked_in_blocks[float32-{}]"
 _LINEAR = "test_linear_cross_entropy.py::"
 _OPTIM = "test_fused_optim.py::test_twenty_steps_are_as_accurate_as_torchs[{}]"
@@ -1295,6 +1296,175 @@ MUTATIONS = (
         'if not getattr(fn, "_asks", False):',
         "if False:",
         "test_runtime.py::test_explain_refuses_what_does_not_ask",
+    ),
+    # attention.py
+    Mutation(
+        "attention: keys past the last one attended to",
+        "attention.py",
+        "    seen = cols < S\n    if HAS_KEY_MASK:",
+        "    seen = cols >= 0\n    if HAS_KEY_MASK:",
+        "test_attention.py::test_lengths_around_tiles[False-65]",
+    ),
+    Mutation(
+        "attention: a causal query sees one key too many",
+        "attention.py",
+        "            seen = seen & (cols <= rows + (shift + right))",
+        "            seen = seen & (cols <= rows + (shift + right) + 1)",
+        "test_attention.py::test_a_causal_query_never_sees_a_later_key[{}]",
+    ),
+    Mutation(
+        "attention: tiles taken for whole that a window cuts on the left",
+        "attention.py",
+        "full = tl.cdiv(tl.maximum(last + shift - before, 0), BLOCK) * BLOCK",
+        "full = tl.cdiv(tl.maximum(start + shift - before, 0), BLOCK) * BLOCK",
+        _ATTENTION_CASE.format("rows150-keys150-window(90, 75)"),
+    ),
+    Mutation(
+        "attention: tiles taken for whole that the diagonal cuts",
+        "attention.py",
+        "edge = tl.minimum(edge, tl.maximum(start + shift + after + 1, 0))",
+        "edge = tl.minimum(edge, tl.maximum(last + shift + after + 1, 0))",
+        "test_attention.py::test_lengths_around_tiles[True-127]",
+    ),
+    Mutation(
+        "attention: tiles before the window loaded",
+        "attention.py",
+        "first = tl.maximum(start + shift - before, 0) // BLOCK * BLOCK",
+        "first = tl.maximum(start + shift - before, 0) * 0",
+        "test_attention.py::test_tiles_that_no_query_sees_are_never_loaded[bottom_right-384-512]",
+    ),
+    Mutation(
+        "attention: tiles after the window loaded",
+        "attention.py",
+        "stop = tl.minimum(stop, tl.maximum(last + shift + after + 1, 0))",
+        "stop = tl.minimum(stop, other)",
+        "test_attention.py::test_tiles_that_no_query_sees_are_never_loaded[top_left-0-192]",
+    ),
+    Mutation(
+        "attention: the sum not rescaled to a new maximum",
+        "attention.py",
+        "total = total * shrink + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+        "test_attention.py::test_lengths_around_tiles[False-127]",
+    ),
+    Mutation(
+        "attention: a query that has seen nothing yet subtracts -inf",
+        "attention.py",
+        '            base = tl.where(higher == float("-inf"), 0.0, higher)\n        p =',
+        "            base = higher\n        p =",
+        "test_attention.py::test_rows_that_see_nothing_give_zero_and_no_gradient",
+    ),
+    Mutation(
+        "attention: a query that saw nothing has weights in the backward",
+        "attention.py",
+        'return tl.where(lse == float("-inf"), float("inf"), lse)',
+        "return lse",
+        "test_attention.py::test_rows_that_see_nothing_give_zero_and_no_gradient",
+    ),
+    Mutation(
+        "attention: the gradient of the log-sum-exp left out",
+        "attention.py",
+        "delta -= tl.load(dlse_at, mask=rows_ok, other=0.0) * 1.4426950408889634",
+        "delta -= tl.load(dlse_at, mask=rows_ok, other=0.0) * 0.0",
+        "test_attention.py::test_log_sum_exp_and_its_gradient[torch.float32]",
+    ),
+    Mutation(
+        "attention: delta left out of the gradient",
+        "attention.py",
+        "    ds = p * (dp - delta)",
+        "    ds = p * dp",
+        "test_attention.py::test_lengths_around_tiles[False-64]",
+    ),
+    Mutation(
+        "attention: the soft-cap's slope left out",
+        "attention.py",
+        "        ds *= 1.0 - slope * slope",
+        "        ds *= 1.0",
+        _ATTENTION_CASE.format("rows40-keys99-causal-columns72-values8-softcap2.0-heads2-kv_heads2"),
+    ),
+    Mutation(
+        "attention: one head of a group left out of dk and dv",
+        "attention.py",
+        "for step in tl.range(0, group * count, num_stages=STAGES):",
+        "for step in tl.range(0, count, num_stages=STAGES):",
+        _ACCURATE.format("scaled_dot_product_attention-rows37-columns16-batch2-heads4-kv_heads2-float16"),
+    ),
+    Mutation(
+        "attention: heads of keys by the wrong group",
+        "attention.py",
+        "    key_head = head // group\n",
+        "    key_head = head % (heads // group)\n",
+        _ACCURATE.format("scaled_dot_product_attention-rows37-columns16-batch2-heads4-kv_heads2-float16"),
+    ),
+    Mutation(
+        "attention: a lone key's gradient is rounding noise",
+        "attention.py",
+        "            if on_edge or S == 1:\n",
+        "            if on_edge and S < 0:\n",
+        "test_attention.py::test_a_query_with_one_key_in_sight_has_no_gradient[torch.float32]",
+    ),
+    Mutation(
+        "attention: packed queries of the next document attend",
+        "attention.py",
+        "    return begin, (tl.load(CU + batch + 1).to(tl.int64) - begin).to(tl.int32)",
+        "    return begin, (tl.load(CU + batch + 1).to(tl.int64) - begin).to(tl.int32) + 1",
+        "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
+    ),
+    Mutation(
+        "attention: what belongs to no document is left as it was",
+        "attention.py",
+        "        out.zero_()\n",
+        "        pass\n",
+        "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
+    ),
+    Mutation(
+        "attention: dropout draws the same for every head",
+        "attention.py",
+        "tl.philox(seed, rows, cols, zeros + head, zeros, 7)",
+        "tl.philox(seed, rows, cols, zeros, zeros, 7)",
+        "test_attention.py::test_dropout_has_its_share_its_scale_and_its_seed",
+    ),
+    Mutation(
+        "attention: dropout left out of the backward's weights",
+        "attention.py",
+        "        dp = tl.where(kept, dp / (1.0 - dropout), 0.0)",
+        "        dp = dp / (1.0 - dropout)",
+        "test_attention.py::test_dropouts_backward_uses_the_mask_of_its_forward[{}]",
+    ),
+    Mutation(
+        "attention: dropped weights counted in dv",
+        "attention.py",
+        "                weights = tl.where(kept, p, 0.0)",
+        "                weights = p",
+        "test_attention.py::test_dropouts_backward_uses_the_mask_of_its_forward[{}]",
+    ),
+    Mutation(
+        "attention: parts of a long cache added up unweighted",
+        "attention.py",
+        "shrink, weight = tl.exp2(top - base), tl.exp2(lse - base)",
+        "shrink, weight = tl.exp2(top - base), tl.exp2(lse * 0.0)",
+        "test_attention.py::test_few_queries_against_many_keys[1-3-torch.bfloat16]",
+    ),
+    Mutation(
+        "attention: an empty part of a long cache is NaN",
+        "attention.py",
+        '        base = tl.where(higher == float("-inf"), 0.0, higher)\n        shrink, weight',
+        "        base = higher\n        shrink, weight",
+        "test_attention.py::test_a_split_that_sees_nothing_changes_nothing",
+    ),
+    Mutation(
+        "attention: a key_mask of another batch",
+        "attention.py",
+        "    key_mask = KEY_MASK + at_batch * stride_wb\n    q = _load_tile",
+        "    key_mask = KEY_MASK + 0 * stride_wb\n    q = _load_tile",
+        "test_attention.py::test_rows_that_see_nothing_give_zero_and_no_gradient",
+    ),
+    Mutation(
+        "attention: a mask of one head for all",
+        "attention.py",
+        "    mask_rows = MASK + at_batch * stride_mb + tl.cast(head, tl.int64) * stride_mh\n",
+        "    mask_rows = MASK + at_batch * stride_mb\n",
+        _ATTENTION_CASE.format("rows40-keys99-masked(0, 2)-heads3-window(50, -1)-columns40"),
     ),
     # check.py
     Mutation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm_kernels as fk
+from fastlm_kernels import _runtime, attention, configs
+from fastlm_kernels.check import compare, upstream_gradients
+from fastlm_kernels.registry import KERNELS, case_name
+
+ATTENTION = next(kernel for kernel in KERNELS if kernel.name == "scaled_dot_product_attention")
 
 
 def _qkv(
@@ -356,3 +362,512 @@ def test_packed_documents_take_pytorchs_operator_only_if_it_knows_the_options(mo
     assert plain is not None
     assert plain("query") == (None, (-1, 0))
     assert _torch_varlen({**off, "enable_gqa": True}) is None
+
+
+# The kernels. Where they cannot run these tests are deselected.
+
+kernels = pytest.mark.needs_kernels
+LENGTHS = (1, 2, 63, 64, 65, 127, 257, 1000)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _inputs(device: str, dtype: torch.dtype = torch.float32, seed: int = 3, **case: Any) -> dict[str, Any]:
+    """Arguments as the registry makes them, on the kernel's path."""
+    arguments = ATTENTION.inputs(dtype, device, seed, **({"columns": 16, "heads": 1} | case))
+    explanation = fk.explain(fk.scaled_dot_product_attention, **arguments)
+    assert explanation.path == "triton", explanation.reason
+    return arguments
+
+
+def _assert_accurate(arguments: dict[str, Any]) -> None:
+    reference = attention.scaled_dot_product_attention_reference
+    upstream = upstream_gradients(reference, arguments, 4)
+    errors = compare(fk.scaled_dot_product_attention, reference, arguments, upstream)
+    assert all(error.ok for error in errors), "\n".join(map(str, errors))
+
+
+def _spread_by_hand(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False, **options: Any) -> Tensor:
+    """Masked softmax with every score and every mask written out: another reference than the package's."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    L, S = query.shape[-2], key.shape[-2]
+    scores = query.float() @ key.float().transpose(-1, -2) if query.dtype != torch.float64 else query @ key.mT
+    scale = options.get("scale")
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if options.get("softcap"):
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    at = torch.arange(L, device=query.device)[:, None] + (S - L) * (options.get("causal_align") == "bottom_right")
+    keys = torch.arange(S, device=query.device)
+    left, right = options.get("window_size", (-1, -1))
+    seen = torch.ones(L, S, dtype=torch.bool, device=query.device)
+    if left >= 0:
+        seen = seen & (keys >= at - left)
+    if right >= 0:
+        seen = seen & (keys <= at + right)
+    if options.get("is_causal"):
+        seen = seen & (keys <= at)
+    if options.get("key_mask") is not None:
+        seen = seen & options["key_mask"][:, None, None]
+    if options.get("attn_mask") is not None:
+        seen = seen & options["attn_mask"]
+    weights = scores.masked_fill(~seen, -1e30).softmax(-1) * seen
+    return (weights @ value.to(weights.dtype)).to(query.dtype)
+
+
+@kernels
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("poisoned")
+def test_lengths_around_tiles(length: int, causal: bool, kernel_device: str) -> None:
+    dtype = DTYPES[LENGTHS.index(length) % 3]
+    _assert_accurate(_inputs(kernel_device, dtype, rows=length, kv_heads=1, causal=causal))
+
+
+COMBINATIONS: tuple[dict[str, Any], ...] = (
+    {"rows": 70, "keys": 131, "window": (20, 9), "causal": False},
+    {"rows": 70, "keys": 131, "window": (20, 9), "causal": False, "align": "bottom_right"},
+    {"rows": 131, "keys": 70, "window": (40, -1), "align": "bottom_right", "softcap": 2.0},
+    {"rows": 131, "keys": 70, "window": (0, 33), "causal": False},
+    {"rows": 150, "keys": 150, "window": (90, 75), "causal": False},
+    {"rows": 90, "keys": 90, "window": (0, 0), "causal": False, "heads": 2},
+    {"rows": 67, "keys": 150, "causal": True, "padded": True, "batch": 2, "heads": 4, "kv_heads": 2},
+    {"rows": 67, "keys": 150, "causal": False, "padded": True, "masked": (1,), "batch": 2, "heads": 2},
+    {"rows": 40, "keys": 99, "causal": False, "masked": (0, 2), "heads": 3, "window": (50, -1), "columns": 40},
+    {"rows": 40, "keys": 99, "causal": True, "align": "bottom_right", "columns": 24, "values": 72, "scale": 0.1},
+    {"rows": 40, "keys": 99, "causal": True, "columns": 72, "values": 8, "softcap": 2.0, "heads": 2, "kv_heads": 2},
+    {"rows": 33, "keys": 34, "causal": True, "columns": 256, "heads": 2},
+    {"rows": 1, "keys": 1, "causal": False},
+    {"rows": 70, "keys": 1, "causal": False},
+    {"rows": 65, "keys": 64, "causal": False, "columns": 96},
+)
+
+
+@kernels
+@pytest.mark.parametrize("case", COMBINATIONS, ids=lambda case: case_name(case))
+@pytest.mark.usefixtures("poisoned")
+def test_masked_softmax_written_out(case: dict[str, Any], kernel_device: str) -> None:
+    """The reference equals scores and masks written out, and the kernel is as accurate as the reference."""
+    dtype = DTYPES[COMBINATIONS.index(case) % 3]
+    arguments = _inputs(kernel_device, dtype, **({"kv_heads": 1} | case))
+    wide = {name: x.double() if name in ("query", "key", "value") else x for name, x in arguments.items()}
+    expected = attention.scaled_dot_product_attention_reference(**wide)
+    torch.testing.assert_close(_spread_by_hand(**wide), expected)
+    _assert_accurate(arguments)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_and_its_gradient(dtype: torch.dtype, kernel_device: str) -> None:
+    case = {"rows": 37, "keys": 70, "heads": 4, "kv_heads": 2, "softcap": 3.0, "align": "bottom_right"}
+    _assert_accurate(_inputs(kernel_device, dtype, **case, lse=True))
+    arguments = _inputs(kernel_device, dtype, **case, lse=True)
+    leaves = [arguments[name] for name in ("query", "key")]
+    ours, theirs = (
+        torch.autograd.grad(fn(**arguments)[1].sum(), leaves)
+        for fn in (fk.scaled_dot_product_attention, attention.scaled_dot_product_attention_reference)
+    )
+    for grad, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=2e-2, atol=2 * torch.finfo(dtype).eps)
+
+
+@kernels
+@pytest.mark.usefixtures("poisoned")
+def test_rows_that_see_nothing_give_zero_and_no_gradient(kernel_device: str) -> None:
+    q, k, v = (t.float().to(kernel_device).requires_grad_() for t in _qkv(L=70, S=40))
+    hidden = torch.ones(2, 40, dtype=torch.bool, device=kernel_device)
+    hidden[1] = False
+    options: dict[str, Any] = {"is_causal": True, "causal_align": "bottom_right", "key_mask": hidden}
+    assert fk.explain(fk.scaled_dot_product_attention, q, k, v, **options).path == "triton"
+    out, lse = fk.scaled_dot_product_attention(q, k, v, **options, return_lse=True)
+    assert not out[:, :, :30].any()
+    assert not out[1].any()
+    assert out[0, :, 30:].any()
+    assert (lse[:, :, :30] == -math.inf).all()
+    assert lse[0, :, 30:].isfinite().all()
+    upstream = torch.full_like(lse, math.nan).masked_fill(lse > -math.inf, 0.5)
+    dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), upstream))
+    assert not dq[:, :, :30].any()
+    assert not any(grad[1].any() for grad in (dq, dk, dv))
+    assert all(grad.isfinite().all() and grad[0].any() for grad in (dq, dk, dv))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_with_one_key_in_sight_has_no_gradient(dtype: torch.dtype, kernel_device: str) -> None:
+    """Its weight is 1 whatever the score; the rounding of dp - delta must not show."""
+    arguments = _inputs(kernel_device, dtype, rows=70, keys=1, causal=False)
+    out = fk.scaled_dot_product_attention(**arguments)
+    dq, dk = torch.autograd.grad(out, (arguments["query"], arguments["key"]), torch.randn_like(out))
+    assert not dq.any()
+    assert not dk.any()
+    arguments = _inputs(kernel_device, dtype, rows=70, heads=4)
+    out = fk.scaled_dot_product_attention(**arguments)
+    (dq,) = torch.autograd.grad(out, arguments["query"], torch.randn_like(out))
+    assert not dq[:, :, 0].any()
+    assert dq[:, :, 1:].any(-1).all()
+
+
+@kernels
+@pytest.mark.parametrize("options", [{}, {"window_size": (9, -1)}, {"softcap": 3.0}], ids=str)
+def test_a_causal_query_never_sees_a_later_key(options: dict[str, Any], kernel_device: str) -> None:
+    arguments = _inputs(kernel_device, rows=150) | options
+    before = fk.scaled_dot_product_attention(**arguments)
+    changed = {name: arguments[name].detach().clone() for name in ("key", "value")}
+    for x in changed.values():
+        x[:, :, 77:] += 5.0
+    after = fk.scaled_dot_product_attention(**arguments | changed)
+    assert torch.equal(before[:, :, :77], after[:, :, :77])
+    assert all((before[:, :, at] != after[:, :, at]).any() for at in range(77, 150))
+
+
+@kernels
+@pytest.mark.parametrize(("align", "first", "last"), [("bottom_right", 384, 512), ("top_left", 0, 192)])
+def test_tiles_that_no_query_sees_are_never_loaded(align: str, first: int, last: int, kernel_device: str) -> None:
+    """NaN in all keys outside the tiles that the window touches, and in all queries that see none of the keys."""
+    arguments = _inputs(kernel_device, rows=65, keys=512, window=(60, 60), align=align, causal=False)
+    clean = fk.scaled_dot_product_attention(**arguments)
+    upstream = torch.ones_like(clean)
+    names = ("query", "key", "value")
+    expected = torch.autograd.grad(clean, [arguments[name] for name in names], upstream)
+    spoiled = arguments | {name: arguments[name].detach().clone() for name in ("key", "value")}
+    for name in ("key", "value"):
+        outside = torch.ones(512, dtype=torch.bool, device=kernel_device)
+        outside[first:last] = False
+        spoiled[name][:, :, outside] = math.nan
+        spoiled[name].requires_grad_()
+    out = fk.scaled_dot_product_attention(**spoiled)
+    assert torch.equal(out, clean)
+    dq, dk, dv = torch.autograd.grad(out, [spoiled[name] for name in names], upstream)
+    assert torch.equal(dq, expected[0])
+    assert torch.equal(dk[:, :, first:last], expected[1][:, :, first:last])
+    assert not dv[:, :, outside].any()
+
+
+@kernels
+def test_views_of_one_projection_are_read_in_place(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = torch.randn(2, 9, 6, 16, device=kernel_device)
+    q, k, v = (x.requires_grad_() for x in merged.transpose(1, 2).split([4, 1, 1], 1))
+    addresses: list[set[int]] = []
+    launch = attention.launch
+
+    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
+        addresses.append({a.data_ptr() for a in arguments if isinstance(a, Tensor)})
+        launch(fn, grid, arguments, **options)
+
+    monkeypatch.setattr(attention, "launch", noted)
+    out = fk.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    read = {x.data_ptr() for x in (q, k, v)}
+    assert len(addresses) == 4
+    assert all(read <= found for index, found in enumerate(addresses) if index != 1)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("rows", "splits", "dtype"), [(1, 1, DTYPES[1]), (1, 3, DTYPES[2]), (5, 8, DTYPES[1])], ids=str
+)
+@pytest.mark.usefixtures("poisoned")
+def test_few_queries_against_many_keys(
+    rows: int, splits: int, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys are split over programs; the parts, combined by their log-sum-exps, are the whole."""
+    monkeypatch.setattr(configs, "ATTENTION_DECODE_PROGRAMS", splits)
+    monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)
+    names: list[str] = []
+    launch = attention.launch
+
+    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
+        names.append(fn.__name__)
+        launch(fn, grid, arguments, **options)
+
+    monkeypatch.setattr(attention, "launch", noted)
+    case = {"rows": rows, "keys": 600, "heads": 3, "kv_heads": 1, "align": "bottom_right", "padded": True, "lse": True}
+    arguments = _inputs(kernel_device, dtype, **case, window=(500, -1))
+    with torch.no_grad():
+        found = fk.scaled_dot_product_attention(**arguments)
+        assert torch.equal(found[0], fk.scaled_dot_product_attention(**arguments)[0])
+    _assert_accurate(arguments)
+    assert ("attention_combine_kernel" in names) == (splits > 1)
+
+
+@kernels
+def test_a_split_that_sees_nothing_changes_nothing(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "ATTENTION_DECODE_PROGRAMS", 8)
+    arguments = _inputs(kernel_device, rows=2, keys=600, align="bottom_right", window=(30, -1), lse=True)
+    arguments["key"].detach()[:, :, :500] = math.nan
+    out, lse = fk.scaled_dot_product_attention(**arguments)
+    clean = arguments | {name: arguments[name][:, :, 500:] for name in ("key", "value")}
+    expected, expected_lse = attention.scaled_dot_product_attention_reference(**clean)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+# Packed documents on the kernel.
+
+DOCUMENTS_Q, DOCUMENTS_K = (70, 0, 3, 1, 66), (70, 5, 64, 0, 90)
+
+
+def _documents(device: str, dtype: torch.dtype, heads: int = 2, key_heads: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(5)
+
+    def packed(lengths: tuple[int, ...], count: int) -> Tensor:
+        # Two tokens after the last document belong to none.
+        x = torch.randn(sum(lengths) + 2, count, 16, generator=generator, dtype=torch.float64)
+        return x.to(device, dtype).requires_grad_()
+
+    starts = [
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+        for lengths in (DOCUMENTS_Q, DOCUMENTS_K)
+    ]
+    return packed(DOCUMENTS_Q, heads), packed(DOCUMENTS_K, key_heads), packed(DOCUMENTS_K, key_heads), *starts, 70, 90
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("window_size", "dtype"), list(zip([(-1, -1), (-1, 0), (20, 3)], DTYPES, strict=True)), ids=str
+)
+@pytest.mark.usefixtures("poisoned")
+def test_packed_documents_are_one_call_each_bit_for_bit(
+    window_size: tuple[int, int], dtype: torch.dtype, kernel_device: str
+) -> None:
+    """Outputs, log-sum-exps and gradients; nothing where no document lies."""
+    arguments = _documents(kernel_device, dtype)
+    q, k, v = arguments[:3]
+    options: dict[str, Any] = {"enable_gqa": True, "window_size": window_size, "softcap": 4.0, "return_lse": True}
+    assert fk.explain(fk.varlen_attn, *arguments, **options).path == "triton"
+    found: Any = fk.varlen_attn(*arguments, **options)
+    upstream = torch.linspace(-1.0, 1.0, found[0].numel(), device=kernel_device).view(found[0].shape).to(dtype)
+    upstream_lse = torch.linspace(-1.0, 1.0, found[1].numel(), device=kernel_device).view(found[1].shape)
+    found = *found, *torch.autograd.grad(found, (q, k, v), (upstream, upstream_lse))
+    at_q = at_k = 0
+    for queries, keys in zip(DOCUMENTS_Q, DOCUMENTS_K, strict=True):
+        mine, theirs = slice(at_q, at_q + queries), slice(at_k, at_k + keys)
+        document = [x[part].transpose(0, 1)[None] for x, part in ((q, mine), (k, theirs), (v, theirs))]
+        out, lse = fk.scaled_dot_product_attention(*document, **options, causal_align="bottom_right")
+        grads = torch.autograd.grad(
+            (out, lse), document, (upstream[mine].transpose(0, 1)[None], upstream_lse[None, :, mine])
+        )
+        alone = [x[0].transpose(0, 1) for x in (out, *grads)]
+        assert torch.equal(found[0][mine], alone[0])
+        assert torch.equal(found[1][:, mine], lse[0])
+        for grad, expected, part in zip(found[2:], alone[1:], (mine, theirs, theirs), strict=True):
+            assert torch.equal(grad[part], expected)
+        at_q, at_k = at_q + queries, at_k + keys
+    assert not any(x[-2:].any() for x in (found[0], *found[2:]))
+    assert (found[1][:, -2:] == -math.inf).all()
+
+
+@kernels
+def test_used_keys_of_documents_on_the_kernel(kernel_device: str) -> None:
+    arguments = _documents(kernel_device, torch.float32)
+    used = torch.tensor([64, 2, 64, 0, 33], dtype=torch.int32, device=kernel_device)
+    options: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True, "seqused_k": used}
+    assert fk.explain(fk.varlen_attn, *arguments, **options).path == "triton"
+    out = fk.varlen_attn(*arguments, **options)
+    expected = attention.varlen_attn_reference(*arguments, **options)
+    torch.testing.assert_close(out[: len(expected)], expected)
+    ours, theirs = (torch.autograd.grad(x[: len(expected)].square().sum(), arguments[:3]) for x in (out, expected))
+    for grad, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+@kernels
+def test_packed_documents_compile_whole_and_pass_opcheck(kernel_device: str) -> None:
+    """fullgraph, no number read on the host; eager's bits, for other documents too."""
+    torch._dynamo.reset()
+    *arguments, max_q, max_k = _documents(kernel_device, torch.float32)
+    varlen: Any = fk.varlen_attn
+    compiled = torch.compile(
+        lambda *given: varlen(*given, window_size=(-1, 0), enable_gqa=True), fullgraph=True, backend="aot_eager"
+    )
+    for moved in (0, 1):
+        starts = [x.clone() for x in arguments[3:]]
+        starts[0][1] -= moved
+        call = (*arguments[:3], *starts, max_q + moved, max_k)
+        found, expected = compiled(*call), varlen(*call, window_size=(-1, 0), enable_gqa=True)
+        assert torch.equal(found, expected)
+        for a, b in zip(
+            *(torch.autograd.grad(x.square().sum(), arguments[:3]) for x in (found, expected)), strict=True
+        ):
+            assert torch.equal(a, b)
+    q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in arguments[:3])
+    options = (max_q, max_k, -1, 0, True, 0.25, 0.0, 0.0, True)
+    checks = torch.library.opcheck(
+        attention.attention_forward.op, (q, k, v, None, None, *arguments[3:], None, None, *options)
+    )
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+# Dropout on the kernel.
+
+
+@kernels
+def test_dropout_has_its_share_its_scale_and_its_seed(kernel_device: str) -> None:
+    """With identity values and equal scores the output is the mask itself: 0, or 1 / (S (1 - p))."""
+    q, v = torch.zeros(2, 3, 128, 16, device=kernel_device), torch.eye(128, device=kernel_device).expand(2, 3, 128, 128)
+    k = torch.randn(2, 3, 128, 16, device=kernel_device)
+    torch.manual_seed(1)
+    first = fk.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+    second = fk.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+    torch.manual_seed(1)
+    assert torch.equal(first, fk.scaled_dot_product_attention(q, k, v, dropout_p=0.3))
+    kept = first != 0
+    torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / (128 * 0.7)))
+    count = kept.numel()
+    spread = math.sqrt(0.3 * 0.7)
+    assert abs(kept.float().mean() - 0.7) < 5 * spread / math.sqrt(count)
+    # Rows, columns, heads, batches and calls draw apart: each pair agrees as often as independent ones do.
+    pairs = [
+        (kept, second != 0),
+        (kept[0], kept[1]),
+        (kept[:, 0], kept[:, 1]),
+        (kept[..., :-1], kept[..., 1:]),
+        (kept[..., :-1, :], kept[..., 1:, :]),
+        (kept, kept.mT),
+    ]
+    for a, b in pairs:
+        agree = (a == b).float().mean().item()
+        assert abs(agree - (0.49 + 0.09)) < 6 * 0.5 / math.sqrt(a.numel() / 2)
+
+
+@kernels
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 2.0}], ids=str)
+def test_dropouts_backward_uses_the_mask_of_its_forward(options: dict[str, Any], kernel_device: str) -> None:
+    """The mask seen through identity values, then used by hand: outputs and gradients agree."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 16, device=kernel_device, requires_grad=True) for _ in range(3))
+    eye = torch.eye(70, device=kernel_device).expand(1, 2, 70, 70)
+    torch.manual_seed(7)
+    kept = fk.scaled_dot_product_attention(q, k, eye, dropout_p=0.4, **options).detach() != 0
+    torch.manual_seed(7)
+    out = fk.scaled_dot_product_attention(q, k, v, dropout_p=0.4, **options)
+    weights = _spread_by_hand(q, k, eye, **options)
+    expected = (weights * kept / 0.6) @ v
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    for grad, wanted in zip(
+        torch.autograd.grad(out, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+@kernels
+def test_dropout_survives_checkpointing(kernel_device: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (torch.randn(1, 1, 40, 16, device=kernel_device, requires_grad=True) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fk.scaled_dot_product_attention(q, k, v, dropout_p=0.5).square().sum()
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(attend(q, k, v), (q, k, v))
+    torch.manual_seed(3)
+    again: Any = checkpoint(attend, q, k, v, use_reentrant=False)
+    for grad, expected in zip(torch.autograd.grad(again, (q, k, v)), plain, strict=True):
+        assert torch.equal(grad, expected)
+
+
+GRADCHECKS: dict[str, dict[str, Any]] = {
+    "window, softcap, lse": {"window_size": (3, 1), "softcap": 1.5, "return_lse": True},
+    "bottom right, scale": {"is_causal": True, "causal_align": "bottom_right", "scale": 0.7},
+    "key_mask": {"key_mask": torch.tensor([[True, True, False, True]])},
+    "mask": {"attn_mask": torch.ones(3, 4, dtype=torch.bool).tril(1)},
+    "dropout": {"dropout_p": 0.3, "softcap": 2.0},
+}
+
+
+@kernels
+@pytest.mark.parametrize("case", GRADCHECKS)
+def test_gradients_of_every_feature_by_finite_differences(
+    case: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_KERNEL_DTYPES", (torch.float64,))
+    q, k, v = (
+        torch.randn(1, heads, length, 2, dtype=torch.float64, device=kernel_device, requires_grad=True)
+        for heads, length in ((2, 3), (1, 4), (1, 4))
+    )
+    options: Any = {n: x.to(kernel_device) if isinstance(x, Tensor) else x for n, x in GRADCHECKS[case].items()}
+
+    def outputs(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        torch.manual_seed(2)
+        return fk.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+
+    assert fk.explain(fk.scaled_dot_product_attention, q, k, v, enable_gqa=True, **options).path == "triton"
+    assert torch.autograd.gradcheck(outputs, (q, k, v))
+
+
+@kernels
+def test_calls_without_a_kernel_take_pytorchs_operator(kernel_device: str) -> None:
+    q, k, v = (t.to(kernel_device) for t in _qkv(dtype=torch.float32))
+    explain = partial(fk.explain, fk.scaled_dot_product_attention)
+    assert explain(q, k, v).path == "triton"
+    assert explain(q, k, v, torch.zeros(5, 7, device=kernel_device)).reason == "a mask that is no bool tensor"
+    assert "float64" in explain(q.double(), k.double(), v.double()).reason
+    wide = torch.zeros(1, 1, 2, 257, device=kernel_device)
+    assert "257" in explain(wide, wide, wide).reason
+    others: Any = ({"scale": 0.0}, {"scale": -1.0}, {"dropout_p": 1.0})
+    for options in others:
+        assert explain(q, k, v, **options).path == "torch"
+        fk.scaled_dot_product_attention(q, k, v, **options)
+    negative: Any = {"scale": -0.7, "window_size": (2, 1)}
+    ours = fk.scaled_dot_product_attention(q, k, v, **negative)
+    torch.testing.assert_close(ours, _spread_by_hand(q, k, v, **negative))
+
+
+@kernels
+def test_malformed_calls_raise_what_pytorch_raises(kernel_device: str) -> None:
+    def heads(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=kernel_device)
+
+    q = heads(2, 4, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool, device=kernel_device)
+    calls: Any = (
+        ((q, heads(2, 4, 5, 7), q), {}),
+        ((q, heads(2, 3, 5, 8), heads(2, 3, 5, 8)), {}),
+        ((q, heads(2, 3, 5, 8), heads(2, 3, 5, 8)), {"enable_gqa": True}),
+        ((q, heads(3, 4, 5, 8), heads(3, 4, 5, 8)), {}),
+        ((q, q.half(), q), {}),
+        ((q, q, q, mask[:, :3]), {}),
+        ((q, q, q), {"dropout_p": 1.5}),
+        ((q, q, q, mask.long()), {}),
+    )
+    for arguments, options in calls:
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as theirs:
+            F.scaled_dot_product_attention(*arguments, **options)
+        with pytest.raises(theirs.type):
+            fk.scaled_dot_product_attention(*arguments, **options)
+
+
+@kernels
+def test_autocast_and_fewer_dimensions(kernel_device: str) -> None:
+    q, k, v = (t[0].float().to(kernel_device) for t in _qkv())
+    out, lse = fk.scaled_dot_product_attention(q, k, v, is_causal=True, return_lse=True)
+    assert (out.shape, lse.shape) == ((2, 5, 3), (2, 5))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with torch.autocast(kernel_device, torch.bfloat16):
+        ours, theirs = (f.scaled_dot_product_attention(q, k, v) for f in (fk, F))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)
+
+
+@kernels
+def test_tile_sizes_change_no_dropout_mask_and_no_answer(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = _inputs(kernel_device, rows=100, keys=140, window=(70, 20), causal=False)
+    names = ("query", "key", "value")
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(9)
+        out = fk.scaled_dot_product_attention(**arguments, dropout_p=0.2)
+        return [out, *torch.autograd.grad(out.square().sum(), [arguments[name] for name in names])]
+
+    before = run()
+    for blocks in ((16, 64), (64, 16)):
+        table = {"generic": (configs.AttentionConfig(256, *blocks, 4, 1),)}
+        for name in ("FP32", "DQ_FP32"):
+            monkeypatch.setattr(configs, f"ATTENTION_{name}", table)
+        for found, expected in zip(run(), before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[Write], list[str]], list[str]]] = {
     "no such device": (lambda _: ["--device", "cuda"], ["--device", "cuda", "cpu"]),
     "later family": (lambda _: ["--model.family", "lstm"], ["--model.family", "lstm", "later"]),
     "kernels without a gpu": (lambda _: ["--model.kernels", "triton"], ["--model.kernels", "triton", "torch"]),
+    "attention without kernels": (lambda _: ["--model.attention", "triton"], ["--model.attention", "triton", "sdpa"]),
     "wrong magic": (lambda w: ["--data.path", w("m.bin", shard(7, 900, [1] * 900))], ["m.bin", "magic"]),
     "cut short": (lambda w: ["--data.path", w("c.bin", shard(20240520, 900, [1] * 500))], ["c.bin", "900"]),
     "past the vocabulary": (

@@ -53,6 +53,11 @@ def _inputs(seed: int = 0, rows: int = 9, classes: int = 13, dtype: torch.dtype 
     return logits, target, weight
 
 
+def _names(value: Any) -> str:
+    """A test's name from options or a layout."""
+    return "-".join(value) or "plain" if isinstance(value, dict) else getattr(value, "__name__", str(value))
+
+
 def _by_hand(
     logits: Tensor,
     target: Tensor,
@@ -232,6 +237,7 @@ def test_target_outside_the_classes_is_an_index_error_with_our_options_too() -> 
         ({"num_items": 2.5}, "num_items: got 2.5"),
         ({"num_items": True}, "num_items: got True"),
         ({"num_items": torch.tensor([3])}, "num_items: got a torch.int64 tensor of shape (1,)"),
+        ({"num_items": 2**63}, f"num_items: got {2**63}"),
         ({"num_items": 7, "reduction": "none"}, "num_items=7 with reduction='none'"),
     ],
     ids=str,
@@ -240,6 +246,56 @@ def test_bad_options_are_value_errors_with_the_value(options: dict[str, Any], wo
     with pytest.raises(ValueError, match=r"give|use") as error:
         fk.cross_entropy(torch.randn(2, 5), torch.tensor([0, 1]), **options)
     assert words in str(error.value)
+
+
+@both_paths
+@pytest.mark.parametrize("reduction", ["average", None, 3, ["mean"]], ids=str)
+def test_num_items_does_not_hide_a_bad_reduction(reduction: Any) -> None:
+    """PyTorch's own message."""
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        fk.cross_entropy(torch.randn(2, 5), torch.tensor([0, 1]), reduction=reduction, num_items=2)
+
+
+@both_paths
+def test_uint8_targets_are_the_same_numbers_in_int64() -> None:
+    """256 classes, so that -100 has a namesake among them; label smoothing is PyTorch's, which mistakes the two."""
+    x, target = torch.randn(3, 256, dtype=torch.float64), torch.tensor([156, 5, 255])
+    for options in ({}, {"z_loss": 0.1}, {"z_loss": 0.1, "reduction": "none"}):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        found = [fk.cross_entropy(leaves[0], target.byte(), **options), fk.cross_entropy(leaves[1], target, **options)]
+        torch.testing.assert_close(*found)
+        torch.testing.assert_close(*(torch.autograd.grad(found[i].sum(), leaves[i])[0] for i in range(2)))
+    smoothed = fk.cross_entropy(x, target.byte(), label_smoothing=0.1)
+    torch.testing.assert_close(smoothed, F.cross_entropy(x, target.byte(), label_smoothing=0.1))
+    with pytest.raises(RuntimeError):
+        fk.cross_entropy(x, target.byte(), torch.rand(256, dtype=torch.float64), label_smoothing=0.1)
+
+
+@both_paths
+def test_num_items_that_requires_a_gradient_gets_it() -> None:
+    logits, target, _ = _inputs()
+    items = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    loss = fk.cross_entropy(logits, target, num_items=items)
+    (grad,) = torch.autograd.grad(loss, items)
+    torch.testing.assert_close(grad, -loss.detach() / 4)
+
+
+@both_paths
+def test_class_weights_that_sum_to_zero() -> None:
+    """NaN in every counted token's gradient, as PyTorch's 0 / 0 is; an ignored one's stays 0."""
+    logits, target, weight = _inputs()
+    for weights in (torch.zeros_like(weight), torch.tensor([1.0, -1.0]).repeat(7)[:13].double()):
+        labels = target.where(target == -100, torch.arange(len(target)) % 2)
+        labels[0] = -100  # as many of class 0 as of class 1
+        assert weights[labels[labels != -100]].sum() == 0
+        grads = []
+        for fn in (fk.cross_entropy, F.cross_entropy):
+            x = logits.clone().requires_grad_()
+            loss = fn(x, labels, weights)
+            assert not loss.isfinite()
+            grads.append(torch.autograd.grad(loss, x)[0])
+        assert torch.equal(grads[0].isfinite(), (labels == -100)[:, None].expand_as(logits))
+        assert torch.equal(grads[0].isfinite(), grads[1].isfinite())
 
 
 @both_paths
@@ -280,6 +336,22 @@ def test_legacy_reductions_warn_as_pytorch_does() -> None:
 
 
 @both_paths
+@pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"reduce": True}], ids=_names)
+def test_legacy_reductions_compile_whole(legacy: dict[str, bool]) -> None:
+    """With PyTorch's warning, once, while the function is traced."""
+    x, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    with pytest.warns(UserWarning, match="please use reduction="):
+        expected = F.cross_entropy(x, target, **legacy)
+    for fn in (fk.cross_entropy, kernels.cross_entropy_reference):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, y, fn=fn: fn(x, y, **legacy), fullgraph=True, backend="eager")
+        with pytest.warns(UserWarning, match="please use reduction=") as noted:
+            ours = compiled(x, target)
+        assert len(noted) == 1
+        torch.testing.assert_close(ours, expected)
+
+
+@both_paths
 def test_transforms_work_on_the_pytorch_path() -> None:
     x, target = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, -100])
 
@@ -306,11 +378,6 @@ def _call(dtype: torch.dtype, rows: int = 6, classes: int = 13, weight: Any = Fa
     call = {"input": logits.requires_grad_(), "target": target, "weight": weights if weight else None, **options}
     assert fk.explain(fk.cross_entropy, **call).path == "triton"
     return call
-
-
-def _names(value: Any) -> str:
-    """A test's name from options or a layout."""
-    return "-".join(value) or "plain" if isinstance(value, dict) else getattr(value, "__name__", str(value))
 
 
 def _assert_accurate(call: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +61,13 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         elif isinstance(value, dict) and isinstance(value.get("generic", ((),))[0], configs.RowConfig):
             only = len(value["generic"]) == 1
             monkeypatch.setattr(configs, name, {"generic": (configs.RowConfig(2, 4, 4),) if only else ()})
+
+
+@pytest.fixture
+def differentiable_attention() -> Iterator[None]:
+    """PyTorch's attention by its operator of plain products: its fused ones have no second or forward derivatives."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
 
 
 def sensitive(kernel: Kernel) -> Case:
@@ -353,6 +360,7 @@ def test_compiles_whole_and_once_for_all_sizes(kernel: Kernel, kernel_device: st
 
 
 @every_kernel
+@pytest.mark.usefixtures("differentiable_attention")
 def test_gradient_penalty_is_right_or_raises(kernel: Kernel, kernel_device: str) -> None:
     """create_graph=True through a kernel must never give a wrong second derivative."""
     arguments, _ = make(kernel, kernel_device)
@@ -394,6 +402,7 @@ def _first(fn: Callable[..., Any], arguments: Arguments) -> Callable[[Tensor], T
 
 
 @every_kernel
+@pytest.mark.usefixtures("differentiable_attention")
 def test_function_transforms_take_pytorchs_path(kernel: Kernel, kernel_device: str) -> None:
     """func.grad, vmap(grad), jvp and jacrev equal the reference's."""
     with warnings.catch_warnings():

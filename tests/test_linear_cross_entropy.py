@@ -145,10 +145,33 @@ def test_targets_that_do_not_fit_three_dimensions(target_shape: tuple[int, ...],
 
 def test_bad_options_are_value_errors() -> None:
     input, linear_weight, _, target, _ = _inputs()
-    calls: Any = ({"softcap": -2.0}, {"z_loss": -1.0}, {"num_items": 3, "reduction": "none"})
+    calls: Any = ({"softcap": -2.0}, {"z_loss": -1.0}, {"num_items": 3, "reduction": "none"}, {"num_items": 2**63})
     for options in calls:
         with pytest.raises(ValueError, match=r"give|use"):
             fk.linear_cross_entropy(input, linear_weight, target, **options)
+
+
+@pytest.mark.parametrize("reduction", ["average", None, 3], ids=str)
+def test_num_items_does_not_hide_a_bad_reduction(reduction: Any) -> None:
+    input, linear_weight, _, target, _ = _inputs(torch.float32)
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        fk.linear_cross_entropy(input, linear_weight, target, reduction=reduction, num_items=2)
+
+
+@pytest.mark.parametrize("options", [3, "a", {}], ids=str)
+def test_options_of_another_kind_are_pytorchs_error(options: Any) -> None:
+    """On every version, also those that have no such class."""
+    input, linear_weight, _, target, _ = _inputs(torch.float32)
+    with pytest.raises(AttributeError, match="LinearCrossEntropyOptions, or None"):
+        fk.linear_cross_entropy(input, linear_weight, target, options=options)
+
+
+def test_num_items_that_requires_a_gradient_gets_it() -> None:
+    input, linear_weight, _, target, _ = _inputs(torch.float32)
+    items = torch.tensor(4.0, requires_grad=True)
+    loss = fk.linear_cross_entropy(input, linear_weight, target, num_items=items)
+    (grad,) = torch.autograd.grad(loss, items)
+    torch.testing.assert_close(grad, -loss.detach() / 4)
 
 
 # The kernels: everything below in chunks of 4 tokens or blocks of 4 classes, the last of them shorter.
@@ -444,6 +467,32 @@ def test_nothing_counted_in_the_kernels(mode: str, tokens: int, bias: bool, kern
 
 @needs_kernels
 @every_mode
+@pytest.mark.parametrize("terms", [{}, {"z_loss": 0.1, "bias": True}], ids=case_name)
+@pytest.mark.usefixtures("tiny_plans", "poisoned")
+def test_class_weights_that_sum_to_zero(mode: str, terms: Any, kernel_device: str) -> None:
+    """Not the same as nothing counted: NaN where PyTorch's gradients are, and 0 for ignored tokens; else untouched."""
+    arguments, _ = arguments_of(kernel_device, **terms)
+    assert (arguments["target"] == -100).any()
+    arguments["weight"] = torch.zeros(SHAPE["classes"], device=kernel_device)
+    leaves = list(leaves_of(arguments).values())
+    finite = []
+    for fn in (fk.linear_cross_entropy, KERNEL.reference):
+        loss = fn(**arguments)
+        assert not loss.isfinite()
+        finite.append([grad.isfinite() for grad in torch.autograd.grad(loss, leaves)])
+    assert torch.equal(finite[0][0], (arguments["target"] == -100)[:, None].expand_as(leaves[0]))
+    torch.testing.assert_close(*finite)
+    for other in ({"reduction": "sum"}, {"num_items": 3}):
+        call = arguments | other
+        expected = torch.autograd.grad(KERNEL.reference(**call), leaves)
+        torch.testing.assert_close(torch.autograd.grad(fk.linear_cross_entropy(**call), leaves), expected)
+    arguments["target"].fill_(-100)
+    for grad in torch.autograd.grad(fk.linear_cross_entropy(**arguments), leaves):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@needs_kernels
+@every_mode
 @pytest.mark.usefixtures("tiny_plans")
 def test_fp16_gradients_do_not_depend_on_a_loss_scale(mode: str, kernel_device: str) -> None:
     """Under a scale of 65536 exactly 65536 times those of scale 1, down to where those are subnormal."""
@@ -584,12 +633,17 @@ def test_autocast_gives_the_references_dtypes(reduction: str, dtype: torch.dtype
         ({"linear_weight": torch.rand(13, 6, dtype=torch.float16)}, "dtypes torch.float32 and torch.float16"),
         ({"input": torch.rand(11, 6, dtype=torch.float64)}, "no kernel for torch.float64"),
         ({"linear_bias": torch.rand(12)}, "linear_bias of shape (12,)"),
-        ({"weight": torch.rand(13, dtype=torch.float16)}, "dtypes torch.float32 and torch.float16"),
+        ({"weight": torch.rand(13, dtype=torch.float16)}, "weight is torch.float16, input torch.float32"),
+        ({"weight": torch.rand(12)}, "weight of shape (12,) for 13 classes"),
         ({"weight": torch.rand(13, requires_grad=True)}, "weight requires a gradient"),
-        ({"reduction": "average"}, "reduction 'average'"),
-        ({"label_smoothing": 2.0}, "label_smoothing 2.0"),
+        ({"reduction": "average"}, "reduction is 'average'"),
+        ({"label_smoothing": 2.0}, "label_smoothing is 2.0"),
+        ({"target": torch.zeros(11, dtype=torch.uint8), "label_smoothing": 0.1}, "PyTorch's label smoothing"),
+        ({"ignore_index": 1.5}, "ignore_index is not an int"),
+        ({"ignore_index": 2**63}, "ignore_index is no int64"),
+        ({"num_items": torch.tensor(3.0, requires_grad=True)}, "num_items requires a gradient"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_calls_without_a_kernel_say_why(change: Any, words: str, kernel_device: str) -> None:
     arguments, _ = arguments_of(kernel_device)

@@ -154,6 +154,7 @@ def test_every_preset_is_listed():
 def test_every_public_function_is_listed_with_its_kernel():
     with_kernel = [name for row in table("function") if row[1] != "not yet" for name in names(row[0])]
     with_kernel.remove("optim.*")  # no function of tensors: its kernels stand in optim/steps.py
+    with_kernel.remove("varlen_attn")  # by the kernels of scaled_dot_product_attention, the entry before it
     assert with_kernel == [kernel.name for kernel in KERNELS]
     listed = {name for row in table("function") for name in names(row[0])}
     functions = {name for name in fk.__all__ if callable(getattr(fk, name)) and name.islower()}

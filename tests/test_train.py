@@ -363,11 +363,13 @@ class TestPaths:
         """The Triton kernels, in the interpreter, inside a whole run."""
         more = ["--model.family", family, "--optim.name", "adamw", "--optim.lr", "0.01", "--train.eval_every", "null"]
         train(corpus, tmp_path / "torch", *more, "--model.kernels", "torch", steps=3)
-        arguments = flags(corpus, tmp_path / "triton", *more, "--model.kernels", "triton", steps=3)
+        more += ["--model.kernels", "triton", "--model.attention", "triton"]
+        arguments = flags(corpus, tmp_path / "triton", *more, steps=3)
         process = spawn(arguments, TRITON_INTERPRET="1")
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "kernels: fastlm's Triton kernels" in out
+        assert "attention: fastlm's Triton kernel, as asked" in out
         losses = [[line["loss"] for line in events(tmp_path / name, "train")] for name in ("torch", "triton")]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         same = final_weights(tmp_path / "torch") == final_weights(tmp_path / "triton")

@@ -26,7 +26,7 @@ def check_coefficient(name: str, value: float) -> None:
 
 
 def check_num_items(num_items: int | Tensor | None, reduction: str) -> None:
-    """Raise ValueError unless `num_items` is None, a count (int, 0 or above) or a 0-d tensor, and there is a sum."""
+    """Raise ValueError unless `num_items` is None, a count (int64, 0 or above) or a 0-d tensor, and there is a sum."""
     if num_items is None:
         return
     if reduction == "none":
@@ -40,8 +40,8 @@ def check_num_items(num_items: int | Tensor | None, reduction: str) -> None:
                 f"num_items: got a {num_items.dtype} tensor of shape {tuple(num_items.shape)}; "
                 "give an int or a 0-d tensor that holds the count"
             )
-    elif isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0:
-        raise ValueError(f"num_items: got {num_items!r}; give an int, 0 or above, or a 0-d tensor")
+    elif isinstance(num_items, bool) or not isinstance(num_items, int) or not 0 <= num_items < 2**63:
+        raise ValueError(f"num_items: got {num_items!r}; give an int from 0 to 2**63 - 1, or a 0-d tensor")
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

@@ -226,6 +226,8 @@ def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
         for architecture in architectures:
             for case in kernel.compiled if every else kernel.quick[-1:]:
                 for dtype, aligned in variants:
+                    if not aligned and kernel.realigns:
+                        continue
                     yield Job(index, tuple(case.items()), dtype, architecture, aligned)
             if every:
                 yield Job(index, tuple(kernel.quick[-1].items()), torch.float16, architecture, True)

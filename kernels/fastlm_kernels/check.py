@@ -114,7 +114,8 @@ def exact(
 
 def in_units(result: Tensor, truth: Tensor, change: Tensor) -> Tensor:
     """|result - truth| / u, elementwise; where u is 0: 0 for an exact result, infinity for any other."""
-    error = (result.double() - truth).abs()
+    # Equal infinities are exact: their difference is NaN.
+    error = torch.where(result == truth, 0.0, (result.double() - truth).abs())
     unit = torch.finfo(result.dtype).eps * truth.abs() + change
     return torch.where(unit > 0, error / unit, torch.where(error == 0, 0.0, torch.inf))
 

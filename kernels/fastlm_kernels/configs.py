@@ -40,7 +40,22 @@ class ElementwiseConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """A tile of `block_m` queries x `block_n` keys of heads of up to `head_dim` channels, on `num_warps` warps.
+
+    num_stages  tiles of what a program walks that are in flight: all but one of them in shared memory
+    """
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
 RowTable = dict[str, tuple[RowConfig, ...]]
+AttentionTable = dict[str, tuple[AttentionConfig, ...]]
 TUNED = Path(__file__).with_name("tuned.json")
 
 # Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
@@ -164,6 +179,121 @@ CROSS_ENTROPY_LONG_GRADIENT: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
 CROSS_ENTROPY_REGISTERS = 160
 # Sum of the rows' losses: block_n rows a step.
 CROSS_ENTROPY_REDUCE = RowConfig(1, 8192, 16)
+
+# Attention, sorted by head_dim: the first that holds a head is used. The tables of fp32 are for exact products, which
+# tensor cores do not make.
+ATTENTION_FP32: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 32, 32, 4, 1),
+        AttentionConfig(128, 32, 32, 8, 1),
+        AttentionConfig(256, 16, 16, 8, 1),
+    )
+}
+ATTENTION_FORWARD: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 64, 64, 4, 2),
+        AttentionConfig(128, 64, 32, 4, 1),
+        AttentionConfig(256, 32, 32, 4, 1),
+    ),
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        (
+            AttentionConfig(64, 128, 64, 8, 2),
+            AttentionConfig(128, 128, 64, 8, 2),
+            AttentionConfig(256, 64, 32, 8, 1),
+        ),
+    ),
+    **dict.fromkeys(
+        ("sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 128, 64, 8, 3),
+            AttentionConfig(128, 128, 64, 8, 3),
+            AttentionConfig(256, 128, 32, 8, 2),
+        ),
+    ),
+}
+ATTENTION_DKDV: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 32, 64, 4, 1),
+        AttentionConfig(128, 16, 64, 8, 1),
+        AttentionConfig(256, 16, 32, 8, 1),
+    ),
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        (
+            AttentionConfig(64, 32, 128, 8, 2),
+            AttentionConfig(128, 32, 64, 8, 2),
+            AttentionConfig(256, 16, 32, 8, 1),
+        ),
+    ),
+    **dict.fromkeys(
+        ("sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 64, 128, 8, 2),
+            AttentionConfig(128, 32, 128, 8, 2),
+            AttentionConfig(256, 32, 64, 8, 1),
+        ),
+    ),
+}
+ATTENTION_DQ: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 64, 32, 4, 1),
+        AttentionConfig(128, 64, 16, 8, 1),
+        AttentionConfig(256, 32, 16, 8, 1),
+    ),
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        (
+            AttentionConfig(64, 128, 32, 8, 2),
+            AttentionConfig(128, 64, 32, 8, 2),
+            AttentionConfig(256, 32, 16, 8, 1),
+        ),
+    ),
+    **dict.fromkeys(
+        ("sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 128, 64, 8, 3),
+            AttentionConfig(128, 128, 64, 8, 2),
+            AttentionConfig(256, 64, 32, 8, 2),
+        ),
+    ),
+}
+ATTENTION_DQ_FP32: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 32, 32, 4, 1),
+        AttentionConfig(128, 32, 16, 8, 1),
+        AttentionConfig(256, 16, 16, 8, 1),
+    )
+}
+# Rows of one tile of the decode kernel come from the call: the power of two that holds them.
+ATTENTION_DECODE: AttentionTable = {
+    "generic": (
+        AttentionConfig(64, 64, 64, 4, 2),
+        AttentionConfig(128, 64, 32, 4, 2),
+        AttentionConfig(256, 64, 16, 4, 1),
+    ),
+    **dict.fromkeys(
+        ("sm_80", "sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 64, 128, 4, 3),
+            AttentionConfig(128, 64, 64, 4, 3),
+            AttentionConfig(256, 64, 32, 8, 2),
+        ),
+    ),
+}
+# Without this the assembler stops at 80 in some fp32 binaries, and spills.
+ATTENTION_FP32_REGISTERS = 255
+# With a mask in memory and wide heads: addresses of the mask's bytes take registers too.
+ATTENTION_MASKED_KEYS = 32
+# Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
+ATTENTION_DECODE_ROWS = 64
+ATTENTION_DECODE_KEYS = 256
+# Programs a multiprocessor that its keys are split into.
+ATTENTION_DECODE_PROGRAMS = 2
+ATTENTION_COMBINE_ROWS = 4
+ATTENTION_DELTA_ELEMENTS = 4096
+# What the heads walked side by side may read in all: their keys are read from memory once and then from the L2 cache.
+_ATTENTION_L2_BYTES = 16 * 2**20
 
 
 def row_config(table: RowTable, architecture: str, columns: int, longer: RowTable | None = None) -> RowConfig:
@@ -331,6 +461,21 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
     if size <= 64:
         return _SYMMETRIC_SMALL
     return SymmetricConfig(128, 64, 8, _SYMMETRIC_STAGES.get(architecture, 3))
+
+
+def attention_config(table: AttentionTable, architecture: str, head_dim: int, masked: bool = False) -> AttentionConfig:
+    """The configuration for heads of `head_dim` channels, the wider of keys and values; `masked`: by a tensor."""
+    config = next(c for c in table.get(architecture, table["generic"]) if c.head_dim >= head_dim)
+    if masked and head_dim > 64:
+        config = replace(
+            config, block_n=min(config.block_n, ATTENTION_MASKED_KEYS), num_stages=min(config.num_stages, 2)
+        )
+    return config
+
+
+def attention_section(bytes_each: int) -> int:
+    """How many heads of keys of `bytes_each` bytes are walked side by side."""
+    return max(1, _ATTENTION_L2_BYTES // max(1, bytes_each))
 
 
 # Tables by name, for `tune`.

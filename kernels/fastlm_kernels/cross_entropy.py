@@ -14,24 +14,25 @@ number of rows with probability targets); `num_items` replaces that denominator.
 
 Bytes per logit, s each (2 in bf16): forward reads it, s; backward reads it and writes its gradient, 2 s. Saved: the
 logits themselves, and two fp32 numbers a row. (PyTorch reads the logits, writes log-probabilities and saves them.)
-Forward is two launches, rows and then their sum; backward is one. Nothing is copied but logits whose classes are not
-adjacent, and (N, C, d1, ...), which becomes rows.
+Forward is two launches, rows and then their sum, a third past 32,768 rows, one under "none"; backward is one. (Label
+smoothing adds the sum of the class weights to both, if there are any.) Nothing is copied but logits whose classes are
+not adjacent, and (N, C, d1, ...), which becomes rows.
 
 Forward: a row is one block, or walked in blocks with the log-sum-exp built up as it goes: every thread keeps the
 largest of its logits and the sum of their powers, so that threads meet once a row. A thread's next 32 bytes in 16 bits
-(64 in 32) are requested while it works on the last: 6 programs of 256 threads and 40 registers on a multiprocessor of
-sm_90 have 48 KB on the way, in plain bf16. About 9 instructions and one power of two a logit; an H200's bandwidth
-leaves time for 12.
-The soft-cap takes two powers or reciprocals more, and is then no longer bound by memory alone. Rows whose distance 16
-does not divide (50257 classes) are read element by element.
+(64 in 32) are requested while it works on the last: 2 programs of 512 threads and 47 registers on a multiprocessor of
+sm_90 have 32 KB on the way, in plain bf16, and a single one, where rows are few, 16 KB. About 9 instructions and one
+power of two a logit; an H200's bandwidth leaves time for 12. The soft-cap takes two powers or reciprocals more, and is
+then no longer bound by memory alone. Rows whose distance 16 does not divide (50257 classes) are read element by
+element.
 
 Backward, dl_v summed up with e = label_smoothing, C classes, W = sum_v w_v:
 
     dl_v = (1 - e) w_y (p_v - [v = y]) + (e / C) (W p_v - w_v) + 2 z_loss lse p_v,    p_v = exp(l_v - lse)
 
 The loss is computed in fp32 and so is p - 1, from log(1 + the other classes' share): a token so confident that p rounds
-to 1 keeps its loss and gradient to all digits. lse is saved as a sum of two numbers for that. Rows past a few ten
-thousand are summed by several programs, then by one, always in the same order.
+to 1 keeps its loss and gradient to all digits. lse is saved as a sum of two numbers for that. Rows past 32,768 are
+summed by several programs, then by one, always in the same order.
 
 Ignored rows: their gradient is 0, without reading their logits; where those made lse NaN or infinite it is NaN, as
 PyTorch's is. A target outside [0, C) is never an address: IndexError on a CPU, NaN loss and gradient on a GPU.
@@ -64,6 +65,16 @@ _ONE_PROGRAM = 4
 
 
 # Reference: plain PyTorch.
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """What PyTorch's old pair of arguments stands for, with PyTorch's warning."""
+    return legacy_get_string(size_average, reduce)
+
+
+# Dynamo calls it while it traces, as torch.compiler.assume_constant_result would have it: a string in its graph it
+# refuses. That function itself loads the compiler.
+_legacy_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _BackwardOnce(torch.autograd.Function):
@@ -100,7 +111,8 @@ def _z_tokens(logits: Tensor, target: Tensor, ignore_index: int, z_loss: float) 
     lse = logits.logsumexp(1 if logits.dim() > 1 else 0)
     if target.shape == logits.shape:
         return z_loss * lse.square(), None
-    counted = target != ignore_index
+    # uint8 would take -100 for 156.
+    counted = target.long() != ignore_index
     # `where` last: an ignored token's gradient is an exact 0 even under an infinite upstream (0 tokens counted).
     return torch.where(counted, z_loss * lse.square(), 0.0), counted
 
@@ -158,7 +170,7 @@ def cross_entropy_reference(
 ) -> Any:
     """`cross_entropy` in PyTorch's operators: the definition, and the path where no kernel runs."""
     if size_average is not None or reduce is not None:
-        reduction = legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     check_coefficient("z_loss", z_loss)
     check_softcap(softcap)
     check_num_items(num_items, reduction)
@@ -166,7 +178,8 @@ def cross_entropy_reference(
     if inplace_backward and input.requires_grad and not torch.compiler.is_compiling():
         input = _BackwardOnce.apply(input)  # pyright: ignore[reportAssignmentType]
     logits = soft_cap(input, softcap)
-    torch_reduction = "sum" if num_items is not None else reduction
+    # Whatever is no reduction stays, and PyTorch says so.
+    torch_reduction = "sum" if num_items is not None and reduction == "mean" else reduction
     loss = F.cross_entropy(
         logits,
         target,
@@ -449,13 +462,20 @@ def cross_entropy_forward_kernel(
         a, b, c = _coefficients(w, counted, scale, high, weight_sum, on_one, on_each, z_loss)
         miss = _math.expm1(-nll)
         dx_rows = DX + rows[:, None] * stride_dx
-        if WHOLE_ROW:
+        # A whole row is there still. Blocks come from the end, which was read last and is still in the cache.
+        blocks = 1 if WHOLE_ROW else tl.cdiv(N, BLOCK_N)
+        for block in range(blocks):
+            at = (blocks - 1 - block) * BLOCK_N + cols
+            mask = row_ok[:, None] & (at < N)[None, :]
+            if not WHOLE_ROW:
+                x = tl.load(x_rows + at[None, :], mask=mask, other=float("-inf"))
+                l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
             dx = _gradient(
                 x,
                 l,
                 W,
-                cols,
-                cols < N,
+                at,
+                at < N,
                 y,
                 miss,
                 high,
@@ -468,34 +488,7 @@ def cross_entropy_forward_kernel(
                 HAS_SOFTCAP,
                 ACC,
             )
-            tl.store(dx_rows + cols[None, :], dx.to(DX.dtype.element_ty), mask=mask)
-        else:
-            # From the end, which was read last and is still in the cache.
-            blocks = tl.cdiv(N, BLOCK_N)
-            for block in range(blocks):
-                at = (blocks - 1 - block) * BLOCK_N + cols
-                mask = row_ok[:, None] & (at < N)[None, :]
-                x = tl.load(x_rows + at[None, :], mask=mask, other=float("-inf"))
-                l = _capped(x, mask, softcap, HAS_SOFTCAP, ACC)
-                dx = _gradient(
-                    x,
-                    l,
-                    W,
-                    at,
-                    at < N,
-                    y,
-                    miss,
-                    high,
-                    low,
-                    a,
-                    b,
-                    c,
-                    softcap,
-                    HAS_SMOOTHING and HAS_WEIGHT,
-                    HAS_SOFTCAP,
-                    ACC,
-                )
-                tl.store(dx_rows + at[None, :], dx.to(DX.dtype.element_ty), mask=mask)
+            tl.store(dx_rows + at[None, :], dx.to(DX.dtype.element_ty), mask=mask)
 
 
 @kernel(do_not_specialize=("LOSS", "Z", "COUNT", "ITEMS", "LOSS_SUM", "Z_SUM", "DENOMINATOR", "M", "steps"))
@@ -940,15 +933,12 @@ cross_entropy_backward = Operator(
 # Public function.
 
 
-def _obstacle(
-    input: Any,
-    target: Any,
-    weight: Any,
-    ignore_index: Any,
-    reduction: Any,
-    label_smoothing: Any,
-    num_items: Any,
-) -> str | None:
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast is on where this tensor lies; asking that of a device without autocast is an error."""
+    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _obstacle(input: Any, target: Any, weight: Any, *rest: Any) -> str | None:
     """Why the kernels do not cover this call; malformed calls go to PyTorch's op and raise its errors."""
     if not isinstance(input, Tensor) or not isinstance(target, Tensor) or not isinstance(weight, (Tensor, type(None))):
         return "an argument is not a tensor"
@@ -957,42 +947,56 @@ def _obstacle(
     if input.dim() == 0 or target.shape != (*input.shape[:1], *input.shape[2:])[input.dim() == 1 :]:
         same = target.shape == input.shape
         return "targets are probabilities" if same else "the target's shape is not the input's without its classes"
-    if input.shape[min(1, input.dim() - 1)] == 0:
+    classes = input.shape[min(1, input.dim() - 1)]
+    if classes == 0:
         return "no classes"
     if target.dtype != torch.int64 and (target.dtype != torch.uint8 or input.dim() > 2):
         return f"no kernel for targets of {target.dtype}"
-    return _weight_obstacle(input, weight) or _number_obstacle(ignore_index, reduction, label_smoothing, num_items)
+    return loss_obstacle(classes, input, target, weight, *rest)
 
 
-def _weight_obstacle(input: Tensor, weight: Tensor | None) -> str | None:
-    if weight is None:
-        return None
-    if weight.shape != (input.shape[min(1, input.dim() - 1)],):
-        return "weight does not have one number a class"
-    if weight.requires_grad:
-        return "weight requires a gradient"
-    if weight.dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {weight.dtype}"
-    # Autocast brings both to fp32; without it PyTorch refuses.
-    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        return f"weight is {weight.dtype}, input {input.dtype}"
-    return None
-
-
-def _number_obstacle(ignore_index: Any, reduction: Any, label_smoothing: Any, num_items: Any) -> str | None:
+def loss_obstacle(
+    classes: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    num_items: Any,
+) -> str | None:
+    """What both losses ask of their arguments; input is of a dtype with a kernel, target of int64 or uint8."""
     if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
         return "ignore_index is not an int"
+    if not -(2**63) <= ignore_index < 2**63:
+        return "ignore_index is no int64"
     if reduction not in ("none", "mean", "sum"):
         return f"reduction is {reduction!r}"
     if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
         return f"label_smoothing is {label_smoothing!r}"
+    if label_smoothing and target.dtype == torch.uint8:
+        # It takes ignore_index -100 for class 156, and with weights raises.
+        return "PyTorch's label smoothing has answers of its own for uint8 targets"
     if isinstance(num_items, Tensor) and num_items.requires_grad:
         return "num_items requires a gradient"
+    return _weight_obstacle(classes, input, weight)
+
+
+def _weight_obstacle(classes: int, input: Tensor, weight: Tensor | None) -> str | None:
+    if weight is None:
+        return None
+    if weight.shape != (classes,):
+        return f"weight of shape {tuple(weight.shape)} for {classes} classes"
+    if weight.requires_grad:
+        return "weight requires a gradient"
+    # Autocast brings both to fp32; without it PyTorch refuses.
+    if weight.dtype != input.dtype and not (weight.dtype in _KERNEL_DTYPES and autocast_is_on(input)):
+        return f"weight is {weight.dtype}, input {input.dtype}"
     return None
 
 
-def _on_device(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """num_items as a tensor beside the loss: an int would compile a new graph for every batch."""
+def items_on_device(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """num_items as a tensor beside the loss, without waiting: an int would compile a new graph for every batch."""
     if num_items is None or isinstance(num_items, Tensor):
         return num_items if num_items is None else num_items.to(device, non_blocking=True)
     return torch.full((), num_items, dtype=torch.int64, device=device)
@@ -1030,11 +1034,14 @@ def cross_entropy(
         backward raises RuntimeError. Used in eager mode, by the kernels, for rows without gaps between their classes
         and without shared memory; PyTorch's operators bring the error alone, compiled code neither.
 
+    Unlike PyTorch's, the kernels' backward reads `input` again: changing it in place between forward and backward
+    raises RuntimeError; and a backward of the backward raises, where PyTorch's operators compute it.
+
     All targets ignored, or no rows: "mean" gives NaN, as PyTorch does, with gradients of exactly 0; with num_items 0.
     A target outside [0, C) raises IndexError on a CPU. Our options raise ValueError, the others PyTorch's errors.
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     check_coefficient("z_loss", z_loss)
     check_softcap(softcap)
     check_num_items(num_items, reduction)
@@ -1050,7 +1057,7 @@ def cross_entropy(
         )
     logits = input.movedim(1, -1).flatten(0, -2) if input.dim() > 2 else input.view(-1, input.shape[-1])
     loss, z, _, _ = cross_entropy_forward(
-        *(logits, target.reshape(-1), weight, _on_device(num_items, input.device), reduction, ignore_index),
+        *(logits, target.reshape(-1), weight, items_on_device(num_items, input.device), reduction, ignore_index),
         *(float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)),
         inplace_backward and not _runtime.capturing(input),
     )

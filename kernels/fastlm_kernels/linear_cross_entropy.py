@@ -15,9 +15,11 @@ of 768 and 50304 classes; `configs.linear_cross_entropy_plan` shows it), all in 
 
 G is the gradient of the sum over tokens: what "mean" divides by is known only after the last chunk, and the upstream
 gradient only in the backward. The backward multiplies the finished sums by upstream / denominator, read on the device,
-in fp32: one more pass over dx and dW, and 16-bit gradients neither underflow nor depend on a loss scale. Only gradients
-that somebody needs are formed. reduction="none" has an upstream gradient for each token: it keeps lse, and its backward
-computes the logits again. Without gradients: loss and lse alone, the same chunks, the same bits.
+in fp32: one more pass over dx and dW, and 16-bit gradients neither underflow nor depend on a loss scale. With class
+weights a few small operators ask first whether those of the counted tokens sum to 0: all gradients are NaN then, as
+PyTorch's are, while with nothing counted they are 0. Only gradients that somebody needs are formed. reduction="none"
+has an upstream gradient for each token: it keeps lse, and its backward computes the logits again. Without gradients:
+loss and lse alone, the same chunks, the same bits.
 
 Where V x D in fp32 is large (`configs.linear_cross_entropy_by_classes`) dW is not summed over chunks: once every lse is
 known, the logits of all tokens are computed again for one block of classes at a time. A block's rows of dW are then one
@@ -27,7 +29,7 @@ FLOPs: 2 N V D for the loss, 6 with gradients; 8 for "none" with its backward, a
 Bytes for s-byte dtypes, beside what the products read and write: N V logits read and overwritten, as by the unfused
 pair; each chunk but the first reads dW in fp32, each writes it, 8 V D ceil(N / R) - 4 V D in all; scaling (4 + s) V D +
 2 s N D. A bias gradient reads G once more. Kept for the backward: dx, dW in fp32; for "none" x, W and lse.
-Memory at 64k tokens, D 768, V 50304, bf16: the buffer 1108 MB, dW in fp32 155 MB, dx 101 MB, together a ninth of the
+Memory at 64k tokens, D 768, V 50304, bf16: the buffer 1108 MB, dW in fp32 155 MB, dx 101 MB, together a tenth of the
 13.2 GB that logits and their gradient take.
 """
 
@@ -50,13 +52,18 @@ from .cross_entropy import (
     LSE,
     ROW_VALUES,
     Options,
+    autocast_is_on,
     cross_entropy_reference,
+    items_on_device,
     launch_gradient,
     launch_reduce,
     launch_rows,
+    loss_obstacle,
 )
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Younger than torch 2.11.
+_OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
 
 
 # Reference: plain PyTorch.
@@ -127,6 +134,7 @@ def linear_cross_entropy_reference(
     num_items: int | Tensor | None = None,
 ) -> Any:
     """`linear_cross_entropy` as matrix product and cross-entropy: the definition, and the path without a kernel."""
+    _check_options(options)
     _check_shapes(input, linear_weight, linear_bias)
     shape = target.shape
     batched = input.dim() == 3
@@ -181,7 +189,7 @@ def _without_autocast(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def run(x: Tensor, *rest: Any) -> Any:
-        if not _autocast_is_on(x):
+        if not autocast_is_on(x):
             return launcher(x, *rest)
         with torch.autocast(x.device.type, enabled=False):
             return launcher(x, *rest)
@@ -330,6 +338,20 @@ def _gradients_by_classes(
         grads.of_classes(first, last).add(logits, block, dx_begun=first > 0, dw_begun=False)
 
 
+def _mean_is_defined(problem: _Problem) -> Tensor | None:
+    """A factor of every counted token's gradient under "mean": 1, or NaN where class weights sum to 0, as 0 / 0 is.
+
+    Ignored tokens have none, so that with nothing counted all gradients stay 0. None: without weights it is always 1.
+    """
+    if problem.weight is None:
+        return None
+    target = problem.target.long()
+    # Targets outside the classes raise, or give NaN, in the kernel.
+    weights = problem.weight[target.clamp(0, problem.weight.shape[0] - 1)].to(accumulator(problem.x.dtype)[0])
+    total = weights.masked_fill(target == problem.options.ignore_index, 0.0).sum()
+    return torch.where(total == 0.0, torch.nan, 1.0).to(total.dtype)
+
+
 @_without_autocast
 def _launch_forward(
     x: Tensor,
@@ -351,15 +373,17 @@ def _launch_forward(
     problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
     rows = torch.empty(ROW_VALUES, x.shape[0], dtype=accumulator(x.dtype)[0], device=x.device)
     in_one_pass = any(needs) and plan.mode == "tokens"
+    by_weights = any(needs) and reduction == "mean" and num_items is None
+    factor = _mean_is_defined(problem) if by_weights else None
     for start, stop in _token_chunks(x.shape[0], plan):
         chunk = problem.of_tokens(start, stop)
         logits = chunk.logits(buffer)
         gradient = logits if in_one_pass else None
-        launch_rows(logits, chunk.target, weight, options, rows[:, start:stop], gradient)
+        launch_rows(logits, chunk.target, weight, options, rows[:, start:stop], gradient, factor)
         if in_one_pass:
             grads.of_tokens(start, stop).add(logits, chunk, dx_begun=False, dw_begun=start > 0)
     if any(needs) and not in_one_pass:
-        _gradients_by_classes(problem, rows[LSE], None, plan, buffer, grads)
+        _gradients_by_classes(problem, rows[LSE], factor, plan, buffer, grads)
     lse = rows[LSE].clone() if save_lse else rows.new_empty(0)
     if reduction == "none":
         return rows[0].clone(), rows[1].clone(), rows.new_empty(0), *grads, lse
@@ -491,19 +515,15 @@ linear_cross_entropy_scale = Operator(
 # Public function.
 
 
-def _autocast_is_on(tensor: Tensor) -> bool:
-    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
-
-
 def _compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which the reference's product would run: autocast's, where it is on and casts this tensor."""
-    if _autocast_is_on(input) and input.dtype in _KERNEL_DTYPES:
+    if autocast_is_on(input) and input.dtype in _KERNEL_DTYPES:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
 def _obstacle(
-    input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: Any, label_smoothing: Any
+    input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, ignore_index: Any, *rest: Any
 ) -> str | None:
     """Why the kernels do not cover this call; malformed calls go to the reference and raise its errors."""
     tensors = [t for t in (input, linear_weight, linear_bias, target, weight) if t is not None]
@@ -514,16 +534,9 @@ def _obstacle(
             return f"no kernel for {tensor.dtype}"
         if tensor is not None and _compute_dtype(tensor) != _compute_dtype(input):
             return f"dtypes {input.dtype} and {tensor.dtype}"
-    return (
-        _shape_obstacle(input, linear_weight, target, linear_bias)
-        or (None if weight is None else _class_weight_obstacle(input, linear_weight, weight))
-        or (None if reduction in ("none", "mean", "sum") else f"reduction {reduction!r}")
-        or (None if _is_share(label_smoothing) else f"label_smoothing {label_smoothing!r}")
+    return _shape_obstacle(input, linear_weight, target, linear_bias) or loss_obstacle(
+        linear_weight.shape[0], input, target, weight, -100 if ignore_index is None else ignore_index, *rest
     )
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0.0 <= value <= 1.0
 
 
 def _shape_obstacle(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> str | None:
@@ -541,15 +554,10 @@ def _shape_obstacle(input: Tensor, linear_weight: Tensor, target: Tensor, linear
     return None
 
 
-def _class_weight_obstacle(input: Tensor, linear_weight: Tensor, weight: Tensor) -> str | None:
-    if weight.shape != linear_weight.shape[:1]:
-        return f"weight of shape {tuple(weight.shape)}"
-    if weight.dtype not in _KERNEL_DTYPES:
-        return f"no kernel for {weight.dtype}"
-    # Under autocast the loss takes its weights in fp32, whatever they were.
-    if weight.dtype != input.dtype and not _autocast_is_on(input):
-        return f"dtypes {input.dtype} and {weight.dtype}"
-    return "weight requires a gradient" if weight.requires_grad else None
+def _check_options(options: Any) -> None:
+    """Raise AttributeError, PyTorch's own class, for what is none of its options."""
+    if options is not None and not isinstance(options, _OPTIONS):
+        raise AttributeError(f"options: got {options!r}; give a torch.nn.LinearCrossEntropyOptions, or None")
 
 
 def _check_sharded(input: Any, linear_weight: Any) -> None:
@@ -561,13 +569,6 @@ def _check_sharded(input: Any, linear_weight: Any) -> None:
         " fastlm_kernels.nn.LinearCrossEntropyLoss, which holds the head, and shard that module:"
         " its weight is then whole when the loss is computed"
     )
-
-
-def _num_items_tensor(num_items: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """On the device, without waiting for it."""
-    if num_items is None or isinstance(num_items, Tensor):
-        return None if num_items is None else num_items.detach().to(device, non_blocking=True)
-    return torch.full((), num_items, dtype=torch.int64, device=device)
 
 
 @with_kernel
@@ -597,14 +598,21 @@ def linear_cross_entropy(
     options: PyTorch's wish for a chunk size (`torch.nn.LinearCrossEntropyOptions`). It changes memory, never the
     result, and its combinations that PyTorch warns about and ignores are ignored: we choose the chunks ourselves.
 
+    Unlike PyTorch's, the kernels raise in a backward of the backward; and under reduction "none" changing `input` or
+    `linear_weight` in place between forward and backward raises, while under "mean" and "sum" it changes nothing.
+
     A head sharded over ranks (a DTensor) with a plain input raises ValueError: `nn.LinearCrossEntropyLoss` holds the
     head and is what FSDP2 shards.
     """
     check_coefficient("z_loss", z_loss)
     check_softcap(softcap)
     check_num_items(num_items, reduction)
+    _check_options(options)
     _check_sharded(input, linear_weight)
-    obstacle = _obstacle(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing)
+    obstacle = _obstacle(
+        *(input, linear_weight, target, linear_bias, weight),
+        *(ignore_index, reduction, label_smoothing, num_items),
+    )
     if not _runtime.choose(input, linear_weight, linear_bias, target, weight, obstacle=obstacle):
         return linear_cross_entropy_reference(
             input,
@@ -629,7 +637,7 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, head, bias)]
     in_forward = reduction != "none"
     loss, z, *_ = linear_cross_entropy_forward(
-        *(x, head, bias, target.reshape(-1), weight, _num_items_tensor(num_items, input.device), reduction),
+        *(x, head, bias, target.reshape(-1), weight, items_on_device(num_items, input.device), reduction),
         *(-100 if ignore_index is None else ignore_index, float(label_smoothing), float(z_loss)),
         *(None if softcap is None else float(softcap), [need and in_forward for need in wanted]),
         any(wanted) and not in_forward,

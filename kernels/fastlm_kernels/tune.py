@@ -23,13 +23,12 @@ import torch
 
 from . import _runtime, aot, configs
 from .check import check_kernel, leaves_of, outputs_of, upstream_gradients
-from .configs import RowConfig
+from .configs import AttentionConfig, ElementwiseConfig
 from .registry import KERNELS, Case, Kernel
 
 _LEAST_GAIN = 0.03
 _TENSOR_BYTES = 256 << 20  # five times an H200's cache
 _CHECKED_ROWS = 64
-_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,11 @@ class Subject:
     kernel: str
     timed: Literal["forward", "backward", "both", "forward for gradients"]
     case: Case = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
 
+
+_HEADS: Case = {"rows": 4096, "batch": 4, "heads": 16, "kv_heads": 16}
+_FEW_HEADS: Case = {**_HEADS, "rows": 1024}
 
 SUBJECTS = (
     Subject("NORM_FORWARD", "rms_norm", "forward"),
@@ -68,6 +71,12 @@ SUBJECTS = (
     Subject("ROTARY", "rotary_embedding", "both", {"batch": 8, "heads": 12, "kv_heads": 12}),
     Subject("ROTARY_INTERLEAVED", "rotary_embedding", "both", {"batch": 8, "heads": 12, "interleaved": True}),
     Subject("ELEMENTWISE", "silu", "both", {"columns": 4096}),
+    Subject("ATTENTION_FORWARD", "scaled_dot_product_attention", "forward", _HEADS),
+    Subject("ATTENTION_DKDV", "scaled_dot_product_attention", "backward", _HEADS),
+    Subject("ATTENTION_DQ", "scaled_dot_product_attention", "backward", _HEADS),
+    Subject("ATTENTION_FP32", "scaled_dot_product_attention", "both", _FEW_HEADS, torch.float32),
+    Subject("ATTENTION_DQ_FP32", "scaled_dot_product_attention", "backward", _FEW_HEADS, torch.float32),
+    Subject("ATTENTION_DECODE", "scaled_dot_product_attention", "forward", {**_HEADS, "rows": 1, "keys": 32768}),
 )
 
 
@@ -78,39 +87,39 @@ def kernel_named(name: str) -> Kernel:
 
 def candidates(config: Any, loops: bool) -> Iterator[Any]:
     """The tiles around `config`: half and twice the size, the warps and, where the kernel `loops`, other depths."""
-    rows = isinstance(config, RowConfig)
-    size = "block_m" if rows else "tile_bytes"
+    size = "tile_bytes" if isinstance(config, ElementwiseConfig) else "block_m"
     for factor, warps in itertools.product((0.5, 1, 2), repeat=2):
         changes = {size: int(getattr(config, size) * factor), "num_warps": int(config.num_warps * warps)}
         if changes[size] >= 1 and 1 <= changes["num_warps"] <= 32:
-            for stages in (1, 2, 3, 4) if rows and loops else (None,):
+            for stages in (1, 2, 3, 4) if loops else (None,):
                 yield replace(config, **changes, **({} if stages is None else {"num_stages": stages}))
 
 
 def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
     """The call that lands in the bucket of `config`, with tensors of about `_TENSOR_BYTES`."""
-    one = {"columns": getattr(config, "block_n", None), **subject.case, "rows": 1}
-    rows = max(_CHECKED_ROWS, _TENSOR_BYTES // max(1, kernel.traffic(one, _DTYPE, False) // 2))
+    columns = config.head_dim if isinstance(config, AttentionConfig) else getattr(config, "block_n", None)
+    one = {"columns": columns, **subject.case, "rows": 1}
+    rows = max(_CHECKED_ROWS, _TENSOR_BYTES // max(1, kernel.traffic(one, subject.dtype, False) // 2))
     return {**one, "rows": subject.case.get("rows", rows)}
 
 
 def spills(subject: Subject, case: Case, architecture: str) -> bool:
     """Whether a binary of this call spills or does not fit, under the tables as they are."""
-    launches = aot.record(KERNELS.index(kernel_named(subject.kernel)), case, _DTYPE, architecture)
+    launches = aot.record(KERNELS.index(kernel_named(subject.kernel)), case, subject.dtype, architecture)
     return not all(aot.describe(launch, architecture, True).ok for launch in launches)
 
 
 def accurate(subject: Subject, case: Case) -> bool:
     """Whether the call meets the accuracy rule, on a few of its rows."""
     few = {**case, "rows": min(case["rows"], _CHECKED_ROWS)}
-    return all(error.ok for error in check_kernel(kernel_named(subject.kernel), few, _DTYPE, "cuda"))
+    return all(error.ok for error in check_kernel(kernel_named(subject.kernel), few, subject.dtype, "cuda"))
 
 
 def milliseconds(subject: Subject, case: Case) -> float:
     """Device time of what the subject times."""
     kernel = kernel_named(subject.kernel)
     generator = torch.Generator("cuda").manual_seed(0)
-    arguments = kernel.inputs(_DTYPE, "cuda", generator, **case)
+    arguments = kernel.inputs(subject.dtype, "cuda", generator, **case)
     taken = 0.0
     if subject.timed != "backward":
         with torch.set_grad_enabled(subject.timed == "forward for gradients"):
@@ -148,7 +157,9 @@ def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -
     present, case = table[index], bucket_case(subject, table[index], kernel_named(subject.kernel))
     seen: dict[Any, float] = {}
     # The present one first, so that all others have something to beat.
-    for config in dict.fromkeys((present, *candidates(present, "BACKWARD" in subject.table))):
+    for config in dict.fromkeys(
+        (present, *candidates(present, "BACKWARD" in subject.table or isinstance(present, AttentionConfig)))
+    ):
         with configs.trying(subject.table, architecture, (*table[:index], config, *table[index + 1 :])):
             if not trial.spills(subject, case, architecture) and trial.accurate(subject, case):
                 seen[config] = trial.milliseconds(subject, case)

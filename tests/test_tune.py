@@ -50,7 +50,7 @@ def test_every_bucket_has_a_call_that_lands_in_it(subject: Subject) -> None:
     kernel = tune.kernel_named(subject.kernel)
     for config in configs.rows_of(subject.table, "sm_90"):
         case = tune.bucket_case(subject, config, kernel)
-        assert case["rows"] >= 64
+        assert "rows" in subject.case or case["rows"] >= 64
         assert set(kernel.inputs(subject.dtype, "meta", 0, **case))
         if "columns" not in subject.case and isinstance(config, RowConfig):
             assert configs.row_config(vars(configs)[subject.table], "sm_90", case["columns"]) == config

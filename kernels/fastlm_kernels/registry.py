@@ -528,11 +528,15 @@ _LINEAR_CROSS_ENTROPY_CASES = (
     {"rows": 9, "columns": 12, **_EVERY_TERM},
     {"rows": 9, "columns": 12, "reduction": "none", **_EVERY_TERM},
 )
-_LINEAR_CROSS_ENTROPY_LARGE = tuple(
-    {"rows": rows, "columns": columns, "classes": classes}
-    for rows in (8192, 65536)
-    for columns in (768, 2048, 4096)
-    for classes in (50304, 128256)
+_LINEAR_CROSS_ENTROPY_LARGE = (
+    *(
+        {"rows": rows, "columns": columns, "classes": classes}
+        for rows in (8192, 65536)
+        for columns in (768, 2048, 4096)
+        for classes in (50304, 128256)
+    ),
+    # In chunks, and by blocks of classes. Of 64k tokens PyTorch would hold 206 GB of logits, in 16 bits once, in 32 twice.
+    *({"rows": 8192, "columns": columns, "classes": 262144} for columns in (2048, 4096)),
 )
 _LINEAR_CROSS_ENTROPY_COMPILED = tuple(
     {"rows": 512, "columns": 768, "classes": 50304, "reduction": reduction, **terms}

@@ -850,8 +850,8 @@ MUTATIONS = (
     Mutation(
         "chunk's gradient: only the last block",
         "cross_entropy.py",
-        "            blocks = tl.cdiv(N, BLOCK_N)\n            for block in range(blocks):",
-        "            blocks = tl.cdiv(N, BLOCK_N)\n            for block in range(1):",
+        "        blocks = 1 if WHOLE_ROW else tl.cdiv(N, BLOCK_N)\n        for block in range(blocks):",
+        "        blocks = 1 if WHOLE_ROW else tl.cdiv(N, BLOCK_N)\n        for block in range(1):",
         "test_cross_entropy.py::test_chunks_and_blocks_of_classes[none-False-plain-long]",
     ),
     # cross_entropy_reduce_kernel
@@ -990,6 +990,51 @@ MUTATIONS = (
         "return 0 if upstream is None or upstream.dim() == 0 else 1",
         "test_cross_entropy.py::test_chunks_and_blocks_of_classes[rows-False-plain-whole]",
     ),
+    Mutation(
+        "num_items hides a bad reduction",
+        "cross_entropy.py",
+        'torch_reduction = "sum" if num_items is not None and reduction == "mean" else reduction',
+        'torch_reduction = "sum" if num_items is not None else reduction',
+        "test_cross_entropy.py::test_num_items_does_not_hide_a_bad_reduction[preferred-average]",
+    ),
+    Mutation(
+        "ignore_index past int64 in the kernels",
+        "cross_entropy.py",
+        "    if not -(2**63) <= ignore_index < 2**63:\n",
+        "    if False:\n",
+        "test_bad_calls.py::test_bad_call_raises_pytorchs_class[cross_entropy-ignore_index past int64]",
+    ),
+    Mutation(
+        "smoothed uint8 targets in the kernels",
+        "cross_entropy.py",
+        "    if label_smoothing and target.dtype == torch.uint8:\n",
+        "    if False:\n",
+        "test_cross_entropy.py::test_uint8_targets_are_the_same_numbers_in_int64[kernels]",
+    ),
+    Mutation(
+        "class 156 ignored in uint8",
+        "cross_entropy.py",
+        "counted = target.long() != ignore_index",
+        "counted = target != ignore_index",
+        "test_cross_entropy.py::test_uint8_targets_are_the_same_numbers_in_int64[preferred]",
+        interpret=False,
+    ),
+    Mutation(
+        "legacy reductions refused by the compiler",
+        "cross_entropy.py",
+        "_legacy_reduction._dynamo_marked_constant = True",
+        "_legacy_reduction._dynamo_marked_constant = False",
+        "test_cross_entropy.py::test_legacy_reductions_compile_whole[preferred-size_average]",
+        interpret=False,
+    ),
+    Mutation(
+        "count of items past int64",
+        "_arguments.py",
+        "not 0 <= num_items < 2**63",
+        "num_items < 0",
+        "test_cross_entropy.py::test_bad_options_are_value_errors_with_the_value"
+        "[preferred-{'num_items': 9223372036854775808}-num_items: got 9223372036854775808]",
+    ),
     # _runtime.py
     Mutation(
         "a second derivative in silence",
@@ -1080,6 +1125,34 @@ MUTATIONS = (
         "test_check.py::test_wrong_results_fail",
     ),
     # linear_cross_entropy.py
+    Mutation(
+        "weights that sum to 0 taken for nothing counted",
+        "linear_cross_entropy.py",
+        "torch.where(total == 0.0, torch.nan, 1.0)",
+        "torch.where(total == 0.0, 1.0, 1.0)",
+        _LINEAR + "test_class_weights_that_sum_to_zero[-tokens]",
+    ),
+    Mutation(
+        "ignored tokens among the weights",
+        "linear_cross_entropy.py",
+        "weights.masked_fill(target == problem.options.ignore_index, 0.0)",
+        "weights",
+        _LINEAR + "test_class_weights_of_counted_tokens_alone",
+    ),
+    Mutation(
+        "num_items without its gradient",
+        "linear_cross_entropy.py",
+        "*(ignore_index, reduction, label_smoothing, num_items),",
+        "*(ignore_index, reduction, label_smoothing, None),",
+        _LINEAR + "test_num_items_that_requires_a_gradient_gets_it",
+    ),
+    Mutation(
+        "options of any kind",
+        "linear_cross_entropy.py",
+        "    if options is not None and not isinstance(options, _OPTIONS):\n",
+        "    if False:\n",
+        _LINEAR + "test_options_of_another_kind_are_pytorchs_error[3]",
+    ),
     Mutation(
         "last chunk of tokens dropped",
         "linear_cross_entropy.py",

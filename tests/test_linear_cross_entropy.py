@@ -522,6 +522,19 @@ def test_class_weights_that_sum_to_zero(mode: str, terms: Any, kernel_device: st
 
 
 @needs_kernels
+def test_class_weights_of_counted_tokens_alone(kernel_device: str) -> None:
+    """An ignored token's target is no class: the weight that stands where it points may not enter the sum."""
+    arguments, upstream = arguments_of(kernel_device)
+    arguments["target"], arguments["ignore_index"] = torch.arange(11, device=kernel_device) % 3, 2
+    arguments["weight"] = torch.zeros(SHAPE["classes"], device=kernel_device)
+    arguments["weight"][2] = 1.0
+    x, head = leaves_of(arguments).values()
+    grads = torch.autograd.grad(fk.linear_cross_entropy(**arguments), (x, head), upstream)
+    assert torch.equal(grads[0].isnan().all(1), arguments["target"] != 2)
+    assert grads[1].isnan().all()
+
+
+@needs_kernels
 @every_mode
 @pytest.mark.usefixtures("tiny_plans")
 def test_fp16_gradients_do_not_depend_on_a_loss_scale(mode: str, kernel_device: str) -> None:

@@ -535,7 +535,7 @@ _LINEAR_CROSS_ENTROPY_LARGE = (
         for columns in (768, 2048, 4096)
         for classes in (50304, 128256)
     ),
-    # In chunks, and by blocks of classes. Of 64k tokens PyTorch would hold 206 GB of logits, in 16 bits once, in 32 twice.
+    # In chunks, and by blocks of classes. Of 64k tokens PyTorch would hold 206 GB of logits: in 16 bits, in 32 twice.
     *({"rows": 8192, "columns": columns, "classes": 262144} for columns in (2048, 4096)),
 )
 _LINEAR_CROSS_ENTROPY_COMPILED = tuple(

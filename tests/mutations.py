@@ -38,6 +38,21 @@ class Mutation:
 
 
 MUTATIONS = (
+    # norm.py: around the kernels
+    Mutation(
+        "norms: a number that varies cannot be compiled",
+        "norm.py",
+        "-math.inf < weight_offset < math.inf",
+        "math.isfinite(weight_offset)",
+        "test_norm.py::test_numbers_that_vary_from_call_to_call_compile[preferred]",
+    ),
+    Mutation(
+        "norms: h wants a gradient where the weight alone does",
+        "norm.py",
+        "residual is not None and any(ctx.needs_input_grad[:2])",
+        "residual is not None",
+        _EVERY + "test_outputs_require_a_gradient_where_pytorchs_do[eager-add_rms_norm]",
+    ),
     # norm_forward_kernel
     Mutation(
         "residual sum not rounded before the statistics",
@@ -324,6 +339,48 @@ MUTATIONS = (
         "(dy, saved)",
         _EVERY + "test_negated_upstream_gradient[silu]",
     ),
+    Mutation(
+        "unary forward: the output's rows for the input's",
+        "activation.py",
+        "x_at = X + (rows * stride_x + first_col) + cols",
+        "x_at = X + (rows * stride_y + first_col) + cols",
+        _EVERY + "test_any_strides_and_offsets[padded-silu-whole]",
+    ),
+    Mutation(
+        "unary forward: all strips of columns written to the first",
+        "activation.py",
+        "y_at = Y + (rows * stride_y + first_col) + cols\n    if whole:\n        _unary",
+        "y_at = Y + rows * stride_y + cols\n    if whole:\n        _unary",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "unary forward: whole tiles written over the input",
+        "activation.py",
+        "_unary_forward_tile(x_at, y_at, mask, True",
+        "_unary_forward_tile(x_at, x_at, mask, True",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "unary backward: the gradient's rows for what was saved",
+        "activation.py",
+        "s_at = S + (rows * stride_s + first_col) + cols",
+        "s_at = S + (rows * stride_dx + first_col) + cols",
+        _EVERY + "test_any_strides_and_offsets[padded-silu-whole]",
+    ),
+    Mutation(
+        "unary backward: upstream's rows taken for dense",
+        "activation.py",
+        "dy_at = DY + (rows * stride_dy + first_col) + cols\n    s_at",
+        "dy_at = DY + (rows * stride_dx + first_col) + cols\n    s_at",
+        _EVERY + "test_upstream_gradient_of_any_stride[padded-silu]",
+    ),
+    Mutation(
+        "unary backward: all strips of columns written to the first",
+        "activation.py",
+        "dx_at = DX + (rows * stride_dx + first_col) + cols",
+        "dx_at = DX + rows * stride_dx + cols",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
     # activation.py: gated kernels
     Mutation(
         "gated: a sum for the product",
@@ -394,6 +451,41 @@ MUTATIONS = (
         "if len(axes) == 2 and axes[0][1] == inner:",
         "if False:",
         "test_activation.py::test_halves_of_one_tensor_are_read_where_they_lie",
+    ),
+    Mutation(
+        "gated forward: gate and up exchanged in whole tiles",
+        "activation.py",
+        "_gated_forward_tile(g_at, u_at, y_at, mask, True",
+        "_gated_forward_tile(u_at, g_at, y_at, mask, True",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated forward: all strips of columns written to the first",
+        "activation.py",
+        "y_at = Y + (rows * stride_y + first_col) + cols\n    if whole:\n        _gated",
+        "y_at = Y + rows * stride_y + cols\n    if whole:\n        _gated",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: gate and up exchanged in whole tiles",
+        "activation.py",
+        "_gated_backward_tile(dy_at, g_at, u_at, dg_at, du_at, mask, True",
+        "_gated_backward_tile(dy_at, u_at, g_at, dg_at, du_at, mask, True",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: all strips of dgate written to the first",
+        "activation.py",
+        "dg_at = DG + (rows * stride_dg + first_col) + cols",
+        "dg_at = DG + rows * stride_dg + cols",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: all strips of dup written to the first",
+        "activation.py",
+        "du_at = DU + (rows * stride_dg + first_col) + cols",
+        "du_at = DU + rows * stride_dg + cols",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
     ),
     # _math.py
     Mutation(
@@ -523,6 +615,20 @@ MUTATIONS = (
         "(dy.resolve_neg(), y)",
         "(dy, y)",
         _EVERY + "test_negated_upstream_gradient[softmax]",
+    ),
+    Mutation(
+        "softmax: long rows: dx without the row's sum",
+        "softmax.py",
+        "total = tl.sum(sums, axis=1)\n        for",
+        "total = tl.sum(sums, axis=1) * 0.0\n        for",
+        _LONG.format("softmax"),
+    ),
+    Mutation(
+        "softmax: a symbolic dim in a message",
+        "softmax.py",
+        'return "dim is not the last dimension"',
+        'return f"dim={dim} is not the last dimension"',
+        "test_softmax.py::test_any_dimension_compiles[torch-softmax]",
     ),
     # rotary_kernel, rotary_norm_backward_kernel, their launchers
     Mutation(
@@ -733,6 +839,41 @@ MUTATIONS = (
         "if cos.dim() == 3 and cos.shape[0] > 1 else 0",
         "if cos.dim() == 3 else 0",
         "test_rotary.py::test_tables_of_any_layout_and_dtype[kernels-one batch]",
+    ),
+    Mutation(
+        "rotary: the first head of each group alone in the norm's backward",
+        "rotary.py",
+        "tl.minimum(first + group_heads, heads)):\n            dy_at",
+        "tl.minimum(first + 1, heads)):\n            dy_at",
+        "test_rotary.py::test_heads_in_groups[kernels-2]",
+    ),
+    Mutation(
+        "rotary: only the first block of positions in the norm's backward",
+        "rotary.py",
+        "t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)\n        t_ok",
+        "t = (block % time_blocks) * 0 + tl.arange(0, BLOCK_T)\n        t_ok",
+        _ACCURATE.format("rotary_embedding-rows37-columns64-batch2-float32"),
+    ),
+    Mutation(
+        "rotary: a number that varies cannot be compiled",
+        "rotary.py",
+        "-math.inf < value < math.inf",
+        "math.isfinite(value)",
+        "test_rotary.py::test_numbers_that_vary_from_call_to_call_compile[kernels]",
+    ),
+    Mutation(
+        "rotary: a frozen side wants a gradient",
+        "rotary.py",
+        "if not (needs[side] or needs[4 + side])",
+        "if False",
+        _EVERY + "test_outputs_require_a_gradient_where_pytorchs_do[captured-rotary_embedding]",
+    ),
+    Mutation(
+        "rotary: a weight of any shape",
+        "rotary.py",
+        "isinstance(weight, Tensor) and weight.shape == q.shape[-1:]",
+        "isinstance(weight, Tensor)",
+        "test_rotary.py::test_bad_calls_say_what_to_give[kernels]",
     ),
     # cross_entropy_forward_kernel
     Mutation(

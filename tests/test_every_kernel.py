@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import itertools
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from fastlm_kernels import _runtime, configs
+from fastlm_kernels import _rows, _runtime, configs
 from fastlm_kernels.check import DTYPES, check_kernel, compare, leaves_of, outputs_of, results, upstream_gradients
 from fastlm_kernels.registry import KERNELS, Arguments, Case, Kernel, case_name
 
@@ -331,6 +333,24 @@ def test_registered_operators_pass_opcheck(kernel: Kernel, kernel_device: str, m
             ]
         checks = torch.library.opcheck(operator.op, tuple(own))
         assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_every_pointer_is_in_the_table_of_names() -> None:
+    """The module text of `_runtime` lists the pointers of all kernels, one meaning each."""
+    listed = set(re.findall(r"[A-Z_]+", str(_runtime.__doc__).partition("There are M rows")[0]))
+    kernels = [
+        (name, fn)
+        for module in {sys.modules[kernel.fused.__module__] for kernel in KERNELS} | {_rows}
+        for name, fn in vars(module).items()
+        if name.endswith("_kernel") and hasattr(fn, "arg_names")
+    ]
+    assert len(kernels) > 10
+    for name, fn in kernels:
+        parameters = inspect.signature(fn.fn).parameters
+        numbers = {"M", "N", "P", "SECOND_P"}
+        pointers = {p for p in parameters if p.isupper() and parameters[p].annotation is inspect.Parameter.empty}
+        gradients = {p for p in pointers if p.startswith("D") and p[1:] in listed}
+        assert pointers <= listed | gradients | numbers, name
 
 
 @every_kernel

@@ -289,7 +289,7 @@ def _turn(a, b, cos_a, cos_b, sin_a, sin_b, INVERSE: tl.constexpr):
     return a * cos_a - b * sin_a, b * cos_b + a * sin_b
 
 
-_VARYING = ("T", "heads_q", "heads_k", "groups_q", "groups_k", "group_heads", "stride_cb", "stride_ct")
+_VARYING = ("positions", "heads_q", "heads_k", "groups_q", "groups_k", "group_heads", "stride_cb", "stride_ct")
 
 
 @kernel(
@@ -308,7 +308,7 @@ def rotary_kernel(
     WK,
     YQ,
     YK,
-    T,
+    positions,
     heads_q,
     heads_k,
     groups_q,
@@ -349,11 +349,11 @@ def rotary_kernel(
     """Program = (batch, block of positions, group of heads of q or of k), groups fastest."""
     groups = groups_q + groups_k
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
-    time_blocks = tl.cdiv(T, BLOCK_T)
+    time_blocks = tl.cdiv(positions, BLOCK_T)
     # int64 from the start: a tensor may pass 2^31 elements.
     batch = (block // time_blocks).to(tl.int64)
     t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    t_ok = t < T
+    t_ok = t < positions
 
     table_rows = (batch * stride_cb + t * stride_ct) * TABLE_UNIT
     cos_a, cos_b = _load_table(COS, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
@@ -381,7 +381,7 @@ def rotary_kernel(
             squares = tl.sum(a * a + b * b, axis=1)
             if BLOCK_REST > 0:
                 squares += tl.sum(rest * rest, axis=1)
-            # rstd = 1 / sqrt(mean(x^2) + eps); positions past T hold zeros, which eps = 0 would divide by
+            # rstd = 1 / sqrt(mean(x^2) + eps); positions past the last hold zeros, which eps = 0 would divide by
             rstd = tl.rsqrt(tl.where(t_ok, squares / D + eps, 1.0))[:, None]
             a, b = a * rstd, b * rstd
             if BLOCK_REST > 0:
@@ -416,7 +416,7 @@ def rotary_norm_backward_kernel(
     DQ,
     DK,
     DW,
-    T,
+    positions,
     blocks,
     steps,
     heads_q,
@@ -465,7 +465,7 @@ def rotary_norm_backward_kernel(
     groups = groups_q + groups_k
     group, walker = tl.program_id(0) % groups, tl.program_id(0) // groups
     walkers = tl.num_programs(0) // groups
-    time_blocks = tl.cdiv(T, BLOCK_T)
+    time_blocks = tl.cdiv(positions, BLOCK_T)
     if group < groups_q:
         DY, X, W, DX, heads, first, weighted = DYQ, Q, WQ, DQ, heads_q, group * group_heads, HAS_WQ
         stride_dyb, stride_dyt = tl.cast(stride_dyqb, tl.int64), tl.cast(stride_dyqt, tl.int64)
@@ -493,7 +493,7 @@ def rotary_norm_backward_kernel(
         block = step * walkers + walker
         batch = (block // time_blocks).to(tl.int64)
         t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        t_ok = (t < T) & (block < blocks)
+        t_ok = (t < positions) & (block < blocks)
         table_rows = (batch * stride_cb + t * stride_ct) * TABLE_UNIT
         cos_a, cos_b = _load_table(COS, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
         sin_a, sin_b = _load_table(SIN, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
@@ -519,7 +519,7 @@ def rotary_norm_backward_kernel(
                 g_rest = tl.load(DY + dy_at[:, None] + cols[None, :], mask=rest_ok, other=0.0).to(ACC)
                 x_rest = tl.load(X + x_at[:, None] + cols[None, :], mask=rest_ok, other=0.0).to(ACC)
                 squares += tl.sum(x_rest * x_rest, axis=1)
-            # x^ = x rstd; positions past T hold zeros, which eps = 0 would divide by
+            # x^ = x rstd; positions past the last hold zeros, which eps = 0 would divide by
             rstd = tl.rsqrt(tl.where(t_ok, squares / D + eps, 1.0))[:, None]
             x_a, x_b = x_a * rstd, x_b * rstd
             if BLOCK_REST > 0:

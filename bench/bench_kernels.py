@@ -11,6 +11,7 @@ seconds a call (device time on a GPU; the benchmark's own columns are host time 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from bench.timing import Inputs, copies, measure, step
-from fastlm_kernels import _runtime, aot
+from fastlm_kernels import _runtime, aot, configs
 from fastlm_kernels.check import check_kernel, upstream_gradients
 from fastlm_kernels.registry import KERNELS, Case, case_name
 
@@ -27,7 +28,8 @@ GPU = torch.cuda.is_available() and not _runtime.INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 PROVIDERS = ("fastlm", "eager", "compile") if GPU else ("fastlm", "eager")
-# The choice of a configuration depends on the row's length alone; the fp64 truth of more rows only costs time.
+# The choice of a configuration depends on the row's length alone; the fp64 truth of more rows only costs time. Where
+# more depends on the number of rows, `_walked_as_timed` sees to it.
 _CHECKED_ROWS = 256
 
 FrozenCase = tuple[tuple[str, Any], ...]
@@ -47,14 +49,25 @@ def _sets(index: int, frozen: FrozenCase) -> list[Inputs]:
     return copies(inputs) if GPU else [inputs]
 
 
+def _walked_as_timed(case: Case, rows: int) -> AbstractContextManager[Any]:
+    """linear_cross_entropy walks `rows` tokens in as many chunks, and blocks of classes, as all tokens of the case."""
+    if "classes" not in case:
+        return nullcontext()
+    classes = case["classes"]
+    timed = configs.linear_cross_entropy_plan(case["rows"], case["columns"], classes, DTYPE)
+    chunk = -(-rows // -(-case["rows"] // timed.rows))
+    buffer = max(chunk * classes, rows * timed.classes if timed.mode == "classes" else 0)
+    plan = configs.LinearCrossEntropyPlan(timed.mode, chunk, timed.classes, buffer)
+    return mock.patch.object(configs, "linear_cross_entropy_plan", return_value=plan)
+
+
 @functools.lru_cache(maxsize=1)
 def _check(index: int, frozen: FrozenCase) -> None:
     """The accuracy rule, with programs that walk several tiles each, as they do at full size."""
     case: Case = dict(frozen)
-    if "rows" in case:
-        case["rows"] = min(case["rows"], _CHECKED_ROWS)
-    with mock.patch.object(_runtime, "multiprocessors", return_value=1):
-        errors = check_kernel(KERNELS[index], case, DTYPE, DEVICE)
+    rows = min(case["rows"], _CHECKED_ROWS)
+    with _walked_as_timed(case, rows), mock.patch.object(_runtime, "multiprocessors", return_value=1):
+        errors = check_kernel(KERNELS[index], {**case, "rows": rows}, DTYPE, DEVICE)
     assert all(error.ok for error in errors), errors
 
 

@@ -40,6 +40,21 @@ class Mutation:
 
 
 MUTATIONS = (
+    # norm.py: around the kernels
+    Mutation(
+        "norms: a number that varies cannot be compiled",
+        "norm.py",
+        "-math.inf < weight_offset < math.inf",
+        "math.isfinite(weight_offset)",
+        "test_norm.py::test_numbers_that_vary_from_call_to_call_compile[preferred]",
+    ),
+    Mutation(
+        "norms: h wants a gradient where the weight alone does",
+        "norm.py",
+        "residual is not None and any(ctx.needs_input_grad[:2])",
+        "residual is not None",
+        _EVERY + "test_outputs_require_a_gradient_where_pytorchs_do[eager-add_rms_norm]",
+    ),
     # norm_forward_kernel
     Mutation(
         "residual sum not rounded before the statistics",
@@ -326,6 +341,48 @@ MUTATIONS = (
         "(dy, saved)",
         _EVERY + "test_negated_upstream_gradient[silu]",
     ),
+    Mutation(
+        "unary forward: the output's rows for the input's",
+        "activation.py",
+        "x_at = X + (rows * stride_x + first_col) + cols",
+        "x_at = X + (rows * stride_y + first_col) + cols",
+        _EVERY + "test_any_strides_and_offsets[padded-silu-whole]",
+    ),
+    Mutation(
+        "unary forward: all strips of columns written to the first",
+        "activation.py",
+        "y_at = Y + (rows * stride_y + first_col) + cols\n    if whole:\n        _unary",
+        "y_at = Y + rows * stride_y + cols\n    if whole:\n        _unary",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "unary forward: whole tiles written over the input",
+        "activation.py",
+        "_unary_forward_tile(x_at, y_at, mask, True",
+        "_unary_forward_tile(x_at, x_at, mask, True",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "unary backward: the gradient's rows for what was saved",
+        "activation.py",
+        "s_at = S + (rows * stride_s + first_col) + cols",
+        "s_at = S + (rows * stride_dx + first_col) + cols",
+        _EVERY + "test_any_strides_and_offsets[padded-silu-whole]",
+    ),
+    Mutation(
+        "unary backward: upstream's rows taken for dense",
+        "activation.py",
+        "dy_at = DY + (rows * stride_dy + first_col) + cols\n    s_at",
+        "dy_at = DY + (rows * stride_dx + first_col) + cols\n    s_at",
+        _EVERY + "test_upstream_gradient_of_any_stride[padded-silu]",
+    ),
+    Mutation(
+        "unary backward: all strips of columns written to the first",
+        "activation.py",
+        "dx_at = DX + (rows * stride_dx + first_col) + cols",
+        "dx_at = DX + rows * stride_dx + cols",
+        _ACCURATE.format("silu-rows11-columns1023-float32"),
+    ),
     # activation.py: gated kernels
     Mutation(
         "gated: a sum for the product",
@@ -396,6 +453,41 @@ MUTATIONS = (
         "if len(axes) == 2 and axes[0][1] == inner:",
         "if False:",
         "test_activation.py::test_halves_of_one_tensor_are_read_where_they_lie",
+    ),
+    Mutation(
+        "gated forward: gate and up exchanged in whole tiles",
+        "activation.py",
+        "_gated_forward_tile(g_at, u_at, y_at, mask, True",
+        "_gated_forward_tile(u_at, g_at, y_at, mask, True",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated forward: all strips of columns written to the first",
+        "activation.py",
+        "y_at = Y + (rows * stride_y + first_col) + cols\n    if whole:\n        _gated",
+        "y_at = Y + rows * stride_y + cols\n    if whole:\n        _gated",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: gate and up exchanged in whole tiles",
+        "activation.py",
+        "_gated_backward_tile(dy_at, g_at, u_at, dg_at, du_at, mask, True",
+        "_gated_backward_tile(dy_at, u_at, g_at, dg_at, du_at, mask, True",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: all strips of dgate written to the first",
+        "activation.py",
+        "dg_at = DG + (rows * stride_dg + first_col) + cols",
+        "dg_at = DG + rows * stride_dg + cols",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
+    ),
+    Mutation(
+        "gated backward: all strips of dup written to the first",
+        "activation.py",
+        "du_at = DU + (rows * stride_dg + first_col) + cols",
+        "du_at = DU + rows * stride_dg + cols",
+        _ACCURATE.format("swiglu-rows11-columns1023-float32"),
     ),
     # _math.py
     Mutation(
@@ -525,6 +617,20 @@ MUTATIONS = (
         "(dy.resolve_neg(), y)",
         "(dy, y)",
         _EVERY + "test_negated_upstream_gradient[softmax]",
+    ),
+    Mutation(
+        "softmax: long rows: dx without the row's sum",
+        "softmax.py",
+        "total = tl.sum(sums, axis=1)\n        for",
+        "total = tl.sum(sums, axis=1) * 0.0\n        for",
+        _LONG.format("softmax"),
+    ),
+    Mutation(
+        "softmax: a symbolic dim in a message",
+        "softmax.py",
+        'return "dim is not the last dimension"',
+        'return f"dim={dim} is not the last dimension"',
+        "test_softmax.py::test_any_dimension_compiles[torch-softmax]",
     ),
     # rotary_kernel, rotary_norm_backward_kernel, their launchers
     Mutation(
@@ -736,6 +842,41 @@ MUTATIONS = (
         "if cos.dim() == 3 else 0",
         "test_rotary.py::test_tables_of_any_layout_and_dtype[kernels-one batch]",
     ),
+    Mutation(
+        "rotary: the first head of each group alone in the norm's backward",
+        "rotary.py",
+        "tl.minimum(first + group_heads, heads)):\n            dy_at",
+        "tl.minimum(first + 1, heads)):\n            dy_at",
+        "test_rotary.py::test_heads_in_groups[kernels-2]",
+    ),
+    Mutation(
+        "rotary: only the first block of positions in the norm's backward",
+        "rotary.py",
+        "t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)\n        t_ok",
+        "t = (block % time_blocks) * 0 + tl.arange(0, BLOCK_T)\n        t_ok",
+        _ACCURATE.format("rotary_embedding-rows37-columns64-batch2-float32"),
+    ),
+    Mutation(
+        "rotary: a number that varies cannot be compiled",
+        "rotary.py",
+        "-math.inf < value < math.inf",
+        "math.isfinite(value)",
+        "test_rotary.py::test_numbers_that_vary_from_call_to_call_compile[kernels]",
+    ),
+    Mutation(
+        "rotary: a frozen side wants a gradient",
+        "rotary.py",
+        "if not (needs[side] or needs[4 + side])",
+        "if False",
+        _EVERY + "test_outputs_require_a_gradient_where_pytorchs_do[captured-rotary_embedding]",
+    ),
+    Mutation(
+        "rotary: a weight of any shape",
+        "rotary.py",
+        "isinstance(weight, Tensor) and weight.shape == q.shape[-1:]",
+        "isinstance(weight, Tensor)",
+        "test_rotary.py::test_bad_calls_say_what_to_give[kernels]",
+    ),
     # cross_entropy_forward_kernel
     Mutation(
         "target's power lost among the others",
@@ -852,8 +993,8 @@ MUTATIONS = (
     Mutation(
         "chunk's gradient: only the last block",
         "cross_entropy.py",
-        "            blocks = tl.cdiv(N, BLOCK_N)\n            for block in range(blocks):",
-        "            blocks = tl.cdiv(N, BLOCK_N)\n            for block in range(1):",
+        "        blocks = 1 if WHOLE_ROW else tl.cdiv(N, BLOCK_N)\n        for block in range(blocks):",
+        "        blocks = 1 if WHOLE_ROW else tl.cdiv(N, BLOCK_N)\n        for block in range(1):",
         "test_cross_entropy.py::test_chunks_and_blocks_of_classes[none-False-plain-long]",
     ),
     # cross_entropy_reduce_kernel
@@ -1223,6 +1364,50 @@ MUTATIONS = (
         "            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:",
         "            if not isinstance(value, Tensor):",
         "test_fused_optim.py::test_wide_updates_save_load_and_go_on_bit_for_bit[triton-AdamW-master_weights]",
+    Mutation(
+        "num_items hides a bad reduction",
+        "cross_entropy.py",
+        'torch_reduction = "sum" if num_items is not None and reduction == "mean" else reduction',
+        'torch_reduction = "sum" if num_items is not None else reduction',
+        "test_cross_entropy.py::test_num_items_does_not_hide_a_bad_reduction[preferred-average]",
+    ),
+    Mutation(
+        "ignore_index past int64 in the kernels",
+        "cross_entropy.py",
+        "    if not -(2**63) <= ignore_index < 2**63:\n",
+        "    if False:\n",
+        "test_bad_calls.py::test_bad_call_raises_pytorchs_class[cross_entropy-ignore_index past int64]",
+    ),
+    Mutation(
+        "smoothed uint8 targets in the kernels",
+        "cross_entropy.py",
+        "    if label_smoothing and target.dtype == torch.uint8:\n",
+        "    if False:\n",
+        "test_cross_entropy.py::test_uint8_targets_are_the_same_numbers_in_int64[kernels]",
+    ),
+    Mutation(
+        "class 156 ignored in uint8",
+        "cross_entropy.py",
+        "counted = target.long() != ignore_index",
+        "counted = target != ignore_index",
+        "test_cross_entropy.py::test_uint8_targets_are_the_same_numbers_in_int64[preferred]",
+        interpret=False,
+    ),
+    Mutation(
+        "legacy reductions refused by the compiler",
+        "cross_entropy.py",
+        "_legacy_reduction._dynamo_marked_constant = True",
+        "_legacy_reduction._dynamo_marked_constant = False",
+        "test_cross_entropy.py::test_legacy_reductions_compile_whole[preferred-size_average]",
+        interpret=False,
+    ),
+    Mutation(
+        "count of items past int64",
+        "_arguments.py",
+        "not 0 <= num_items < 2**63",
+        "num_items < 0",
+        "test_cross_entropy.py::test_bad_options_are_value_errors_with_the_value"
+        "[preferred-{'num_items': 9223372036854775808}-num_items: got 9223372036854775808]",
     ),
     # _runtime.py
     Mutation(
@@ -1483,6 +1668,34 @@ MUTATIONS = (
         "test_check.py::test_wrong_results_fail",
     ),
     # linear_cross_entropy.py
+    Mutation(
+        "weights that sum to 0 taken for nothing counted",
+        "linear_cross_entropy.py",
+        "torch.where(total == 0.0, torch.nan, 1.0)",
+        "torch.where(total == 0.0, 1.0, 1.0)",
+        _LINEAR + "test_class_weights_that_sum_to_zero[-tokens]",
+    ),
+    Mutation(
+        "ignored tokens among the weights",
+        "linear_cross_entropy.py",
+        "weights.masked_fill(target == problem.options.ignore_index, 0.0)",
+        "weights",
+        _LINEAR + "test_class_weights_of_counted_tokens_alone",
+    ),
+    Mutation(
+        "num_items without its gradient",
+        "linear_cross_entropy.py",
+        "*(ignore_index, reduction, label_smoothing, num_items),",
+        "*(ignore_index, reduction, label_smoothing, None),",
+        _LINEAR + "test_num_items_that_requires_a_gradient_gets_it",
+    ),
+    Mutation(
+        "options of any kind",
+        "linear_cross_entropy.py",
+        "    if options is not None and not isinstance(options, _OPTIONS):\n",
+        "    if False:\n",
+        _LINEAR + "test_options_of_another_kind_are_pytorchs_error[3]",
+    ),
     Mutation(
         "last chunk of tokens dropped",
         "linear_cross_entropy.py",

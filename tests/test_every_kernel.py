@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
+import itertools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,9 +16,10 @@ import pytest
 import torch
 from layouts import LAYOUTS, expanded, lay_out, moat, offset, padded, snapshot, transposed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from fastlm_kernels import _runtime, configs
+from fastlm_kernels import _rows, _runtime, configs
 from fastlm_kernels.check import DTYPES, check_kernel, compare, leaves_of, outputs_of, results, upstream_gradients
 from fastlm_kernels.registry import KERNELS, Arguments, Case, Kernel, case_name
 
@@ -338,25 +342,69 @@ def test_registered_operators_pass_opcheck(kernel: Kernel, kernel_device: str, m
         assert set(checks.values()) == {"SUCCESS"}
 
 
+def test_every_pointer_is_in_the_table_of_names() -> None:
+    """The module text of `_runtime` lists the pointers of all kernels, one meaning each."""
+    listed = set(re.findall(r"[A-Z_]+", str(_runtime.__doc__).partition("There are M rows")[0]))
+    kernels = [
+        (name, fn)
+        for module in {sys.modules[kernel.fused.__module__] for kernel in KERNELS} | {_rows}
+        for name, fn in vars(module).items()
+        if name.endswith("_kernel") and hasattr(fn, "arg_names")
+    ]
+    assert len(kernels) > 10
+    for name, fn in kernels:
+        parameters = inspect.signature(fn.fn).parameters
+        numbers = {"M", "N", "P", "SECOND_P"}
+        pointers = {p for p in parameters if p.isupper() and parameters[p].annotation is inspect.Parameter.empty}
+        gradients = {p for p in pointers if p.startswith("D") and p[1:] in listed}
+        assert pointers <= listed | gradients | numbers, name
+
+
 @every_kernel
-def test_compiles_whole_and_once_for_all_sizes(kernel: Kernel, kernel_device: str) -> None:
-    """fullgraph, one static and one dynamic graph, the kernels' operator inside, eager's bits."""
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_outputs_require_a_gradient_where_pytorchs_do(kernel: Kernel, captured: bool, kernel_device: str) -> None:
+    """For every subset of the arguments that may want a gradient, from the eager function and from the operator."""
+    arguments, _ = make(kernel, kernel_device)
+    leaves = leaves_of(arguments)
+    fake = FakeTensorMode() if captured else None
+    for wanted in itertools.product((False, True), repeat=len(leaves)):
+        some = dict(zip(leaves, wanted, strict=True))
+        own = {
+            name: a.detach().clone().requires_grad_(some.get(name, False)) if isinstance(a, Tensor) else a
+            for name, a in arguments.items()
+        }
+        if fake is not None:
+            own = {name: fake.from_tensor(a) if isinstance(a, Tensor) else a for name, a in own.items()}
+        with fake or contextlib.nullcontext():
+            assert _runtime.explain(kernel.fused, **own).path == "triton"
+            ours, theirs = ([o.requires_grad for o in outputs_of(fn, own)] for fn in (kernel.fused, kernel.reference))
+        assert ours == theirs, some
+
+
+@every_kernel
+@pytest.mark.parametrize("dynamic", [None, True], ids=["once static", "dynamic"])
+def test_compiles_whole_and_once_for_all_sizes(kernel: Kernel, dynamic: bool | None, kernel_device: str) -> None:
+    """fullgraph, the kernels' operator inside, eager's bits; one graph, and before it a static one unless dynamic."""
     torch._dynamo.reset()
-    graphs: list[torch.fx.GraphModule] = []
+    codes: list[str] = []
+    compilations: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._dynamo.backends.debugging import aot_eager
 
-        graphs.append(graph)
+        codes.append(graph.code)
         return aot_eager(graph, inputs)
 
-    compiled = torch.compile(lambda given: kernel.fused(**given), fullgraph=True, backend=backend)
+    compiled = torch.compile(lambda given: kernel.fused(**given), fullgraph=True, dynamic=dynamic, backend=backend)
     for rows in (7, 9, 13, 70):
         arguments, upstream = make(kernel, kernel_device, case={"rows": rows, "columns": 24})
         found = results(lambda **given: compiled(given), arguments, upstream)
         assert bits(found) == bits(results(kernel.fused, arguments, upstream))
-    assert len(graphs) <= 2
-    assert all(_runtime.NAMESPACE in graph.code for graph in graphs)
+        compilations.append(len(codes))
+    # Of a function with numbers the compiler makes a second graph at once, where they are constants.
+    assert compilations[-1] <= 2
+    assert compilations[-1] == compilations[0 if dynamic else 1]
+    assert all(_runtime.NAMESPACE in code for code in codes)
 
 
 @every_kernel

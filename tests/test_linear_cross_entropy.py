@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm_kernels as fk
+from bench import bench_kernels
 from fastlm_kernels import configs
 from fastlm_kernels.check import DTYPES, compare, leaves_of, results, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
@@ -445,6 +446,35 @@ def test_plans_of_all_sizes(classes: int, hidden: int, dtype: torch.dtype) -> No
             assert (frozen.mode, frozen.rows) == ("tokens", plan.rows)
 
 
+@pytest.mark.parametrize("case", KERNEL.large, ids=case_name)
+def test_what_is_timed_is_what_was_checked(case: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benches check fewer tokens than they time: in as many chunks and blocks of classes all the same."""
+    timed = configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16)
+    parts = (timed.mode, -(-case["rows"] // timed.rows), -(-case["classes"] // timed.classes))
+    seen: list[Any] = []
+
+    def check_kernel(kernel: Any, small: dict[str, int], dtype: torch.dtype, device: str) -> list[Any]:
+        plan = configs.linear_cross_entropy_plan(*small.values(), dtype, True)
+        seen.append((plan.mode, -(-small["rows"] // plan.rows), -(-small["classes"] // plan.classes)))
+        assert small["rows"] <= 256
+        assert plan.buffer_elements >= plan.rows * case["classes"]
+        assert plan.mode == "tokens" or plan.buffer_elements >= small["rows"] * plan.classes
+        return []
+
+    monkeypatch.setattr(bench_kernels, "check_kernel", check_kernel)
+    monkeypatch.setattr(bench_kernels, "DTYPE", torch.bfloat16)
+    bench_kernels._check.__wrapped__(KERNELS.index(KERNEL), tuple(case.items()))
+    assert seen == [parts]
+
+
+def test_benches_time_every_way_of_walking() -> None:
+    """One chunk, several, and blocks of classes."""
+    plans = [configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16) for case in KERNEL.large]
+    chunks = [-(-case["rows"] // plan.rows) for case, plan in zip(KERNEL.large, plans, strict=True)]
+    assert min(chunks) == 1
+    assert {plan.mode for plan, count in zip(plans, chunks, strict=True) if count > 1} == {"tokens", "classes"}
+
+
 @needs_kernels
 @every_mode
 @pytest.mark.parametrize("tokens", [0, 9])
@@ -489,6 +519,19 @@ def test_class_weights_that_sum_to_zero(mode: str, terms: Any, kernel_device: st
     arguments["target"].fill_(-100)
     for grad in torch.autograd.grad(fk.linear_cross_entropy(**arguments), leaves):
         assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@needs_kernels
+def test_class_weights_of_counted_tokens_alone(kernel_device: str) -> None:
+    """An ignored token's target is no class: the weight that stands where it points may not enter the sum."""
+    arguments, upstream = arguments_of(kernel_device)
+    arguments["target"], arguments["ignore_index"] = torch.arange(11, device=kernel_device) % 3, 2
+    arguments["weight"] = torch.zeros(SHAPE["classes"], device=kernel_device)
+    arguments["weight"][2] = 1.0
+    x, head = leaves_of(arguments).values()
+    grads = torch.autograd.grad(fk.linear_cross_entropy(**arguments), (x, head), upstream)
+    assert torch.equal(grads[0].isnan().all(1), arguments["target"] != 2)
+    assert grads[1].isnan().all()
 
 
 @needs_kernels

@@ -126,6 +126,39 @@ def test_bad_weight_offset(offset: float, weight: bool, message: str) -> None:
         fk.rms_norm(rows(0, 2, 8), (8,), rows(1, 8) if weight else None, weight_offset=offset)
 
 
+def test_numbers_that_vary_from_call_to_call_compile() -> None:
+    """weight_offset and eps as symbols of one graph."""
+    torch._dynamo.reset()
+    x, w = rows(0, 3, 8), rows(1, 8)
+
+    def norm_of(offset: float, eps: float) -> Tensor:
+        return fk.rms_norm(x, (8,), w, eps, weight_offset=offset)
+
+    compiled = torch.compile(norm_of, dynamic=True, fullgraph=True, backend="aot_eager")
+    for numbers in ((1.5, 1e-6), (2.5, 0.1), (-0.5, 0.2)):
+        torch.testing.assert_close(compiled(*numbers), norm_of(*numbers))
+
+
+def test_the_module_compiles_for_any_size() -> None:
+    """nn.RMSNorm, dynamic from the start."""
+    torch._dynamo.reset()
+    module = fk.nn.RMSNorm(8, device=DEVICE)
+    compiled = torch.compile(module, dynamic=True, fullgraph=True, backend="aot_eager")
+    for count in (3, 5):
+        torch.testing.assert_close(compiled(rows(0, count, 8)), module(rows(0, count, 8)))
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "add_layer_norm"])
+@pytest.mark.parametrize("trains", ["weight", "input", "residual"])
+def test_the_sum_wants_a_gradient_where_its_terms_do(name: str, trains: str) -> None:
+    """h does not depend on the weight."""
+    tensors = {"input": rows(0, 3, 8), "residual": rows(1, 3, 8), "weight": rows(2, 8)}
+    tensors[trains].requires_grad_()
+    y, h = getattr(fk, name)(**tensors, normalized_shape=(8,))
+    assert y.requires_grad
+    assert h.requires_grad == (trains != "weight")
+
+
 @pytest.mark.parametrize("columns", [64, 8300])
 def test_a_large_mean_does_not_cancel(columns: int) -> None:
     """Rows at 1e4 with a spread of 1, in registers and in blocks: E[x^2] - mean^2 would have no digit left."""

@@ -194,6 +194,17 @@ def test_missing_dim_warns_at_the_callers_line(name: str) -> None:
 
 
 @both
+def test_any_dimension_compiles(name: str) -> None:
+    """`dim` as a symbol, of whatever value."""
+    torch._dynamo.reset()
+    f = getattr(fk, name)
+    compiled = torch.compile(lambda x, dim: f(x, dim), dynamic=True, fullgraph=True, backend="aot_eager")
+    for shape, dim in (((3, 4), 0), ((3, 4), 1), ((2, 3, 4, 5), 2), ((2, 3, 4, 5), 3), ((2, 3, 4, 5), -3)):
+        x = numbers(0, *shape)
+        torch.testing.assert_close(compiled(x, dim), getattr(F, name)(x, dim))
+
+
+@both
 @pytest.mark.parametrize(
     "call",
     [

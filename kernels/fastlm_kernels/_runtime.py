@@ -6,11 +6,26 @@ answer, `explain` shows it. `Operator` wraps a pair of launchers (forward, backw
     eager mode      runs them through a plain `torch.autograd.Function` (about a third of an op's overhead),
     torch.compile,  fake tensors and tracing see a registered operator with a fake and an autograd formula.
 
-Names in all kernels. Pointers are capitals: X input, R residual, W weight, B bias, Y output, H the sum X + R;
-DX, DW and so on are the loss's gradients with respect to them. M rows of N columns; stride_x is X's step from
-row to row. A tile is BLOCK_M x BLOCK_N; ACC is the type of sums. Arguments come as input pointers, output
-pointers, sizes and strides and scalars, constexpr; sizes that vary from call to call are not specialised, so
-that they never compile a new binary. Row lengths and row strides are, on whether 16 divides them, which wide loads
+Names in all kernels. Pointers are capitals, the same in every family:
+
+    X, Y            input and output rows; S one of them, saved
+    Q, K, G, U      queries and keys (YQ, YK out); gate and up
+    R, H            the residual, and the sum X + R
+    W, B            weight and bias (WQ, WK of queries and keys), or the classes' weights, whose sum is WEIGHT_SUM
+    COS, SIN        tables by position
+    T               targets
+    D...            the loss's gradient with respect to what follows: DX, DY, DYQ; DW and DB are partial sums of theirs
+    UPSTREAM        the gradient of what follows the loss: one number, or one a row
+    STATS, LSE      of each row: rstd and then mean; the logarithm of the sum of its powers
+    LOSS, Z, COUNT  of each row: the loss, its part from LSE^2, what it adds to the mean's denominator
+    LOSS_SUM, Z_SUM, DENOMINATOR, ITEMS     their sums, and the number that replaces the last
+    PARTIAL, TOTAL  (programs, N) and its sum; SECOND_PARTIAL, SECOND_TOTAL another such pair
+
+There are M rows of N columns, P partial sums, D channels of a head (a constexpr); stride_x is X's step from row to row,
+stride_qb, _qh, _qt Q's from batch to batch, head to head, position to position. A tile is BLOCK_M x BLOCK_N, of
+positions BLOCK_T; ACC is the type of sums; a program takes `steps` tiles. Arguments come as input pointers, output
+pointers, sizes and strides and scalars, constexpr; sizes that vary from call to call are not specialised, so that
+they never compile a new binary. Row lengths and row strides are, on whether 16 divides them, which wide loads
 need: at most two binaries for each of them, whatever their values.
 """
 

@@ -60,7 +60,9 @@ def results(
     found = {f"output {i}": output for i, output in enumerate(outputs)}
     leaves = leaves_of(arguments)
     if upstream is not None and leaves:
-        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        # With some arguments frozen, an output that depends on these alone wants no gradient.
+        pairs = [(output, dy) for output, dy in zip(outputs, upstream, strict=True) if output.requires_grad]
+        grads = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [dy for _, dy in pairs])
         found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: tensor.detach() for name, tensor in found.items()}
 

@@ -70,8 +70,14 @@ _WHOLE_ROWS = (
     RowConfig(1, 4096, 16),
     RowConfig(1, 8192, 32),
 )
-# A wavefront has 64 lanes there: half as many make the same threads, and 1024 threads are the limit.
-_WHOLE_ROWS_GFX942 = tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _WHOLE_ROWS)
+
+
+def _gfx942(rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
+    """A wavefront has 64 lanes there: half as many make the same threads, and 1024 threads are the limit."""
+    return tuple(replace(c, num_warps=c.num_warps // 2) for c in rows)
+
+
+_WHOLE_ROWS_GFX942 = _gfx942(_WHOLE_ROWS)
 
 
 def _in_flight(rows: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
@@ -114,11 +120,6 @@ _HEADS = (
 # Interleaved pairs come in one wide load: 8 elements a thread are enough for 16 bytes.
 _HEADS_INTERLEAVED = tuple(RowConfig(c.block_m, c.block_n, 2 * c.num_warps) for c in _HEADS)
 
-
-def _gfx942(configs: tuple[RowConfig, ...]) -> tuple[RowConfig, ...]:
-    return tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in configs)
-
-
 ROTARY: RowTable = {"generic": _HEADS, "gfx942": _gfx942(_HEADS)}
 ROTARY_INTERLEAVED: RowTable = {"generic": _HEADS_INTERLEAVED, "gfx942": _gfx942(_HEADS_INTERLEAVED)}
 # With weight gradients the assembler, left alone, stops at 128 registers and spills 8 bytes of unaligned rows' masks.
@@ -137,7 +138,7 @@ _WHOLE_ROWS_OF_ONE_TILE = (
 )
 SOFTMAX_FORWARD: RowTable = {
     "generic": _WHOLE_ROWS_OF_ONE_TILE,
-    "gfx942": tuple(RowConfig(c.block_m, c.block_n, c.num_warps // 2) for c in _WHOLE_ROWS_OF_ONE_TILE),
+    "gfx942": _gfx942(_WHOLE_ROWS_OF_ONE_TILE),
 }
 SOFTMAX_BACKWARD: RowTable = {"generic": _WHOLE_ROWS, "gfx942": _WHOLE_ROWS_GFX942}
 
@@ -172,9 +173,11 @@ CROSS_ENTROPY: RowTable = {
         RowConfig(1, 4096, 8),
     )
 }
-CROSS_ENTROPY_LONG: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
+# 512 threads have 128 registers each. For rows off 16-byte boundaries with every option sm_100 wants more.
+CROSS_ENTROPY_LONG: RowTable = {"generic": (RowConfig(1, 8192, 16),), "sm_100": (RowConfig(1, 4096, 8),)}
 # A second walk over the row should find it in the L2 cache: few rows at a time.
-CROSS_ENTROPY_LONG_GRADIENT: RowTable = {"generic": (RowConfig(1, 8192, 16),)}
+# With every option, Triton 3.6 wants more than 128 registers for it on sm_120.
+CROSS_ENTROPY_LONG_GRADIENT: RowTable = {"generic": (RowConfig(1, 8192, 16),), "sm_120": (RowConfig(1, 4096, 8),)}
 # With the soft-cap: else the assembler stops at 64 and spills 8 bytes.
 CROSS_ENTROPY_REGISTERS = 160
 # Sum of the rows' losses: block_n rows a step.

@@ -622,7 +622,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, residual, weight, bias, columns, _, weight_offset, subtract_mean, _, _ = inputs
     _, h, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((stats,) if residual is not None else (h, stats)))
+    # h does not depend on the weight or the bias.
+    h_trains = residual is not None and any(ctx.needs_input_grad[:2])
+    ctx.mark_non_differentiable(*((stats,) if h_trains else (h, stats)))
     ctx.save_for_backward(x if residual is None else h, weight, stats)
     ctx.columns, ctx.weight_offset, ctx.subtract_mean = columns, weight_offset, subtract_mean
     ctx.dtypes = [(like if like is not None else x).dtype for like in (x, residual, weight, bias)]
@@ -810,7 +812,8 @@ def add_rms_norm(
 
 
 def _check_weight_offset(weight_offset: Any, weight: Any) -> None:
-    if not isinstance(weight_offset, (int, float)) or not math.isfinite(weight_offset):
+    # Compared, not asked math.isfinite: the compiler traces a number that varies from call to call.
+    if not isinstance(weight_offset, (int, float)) or not -math.inf < weight_offset < math.inf:
         raise ValueError(f"weight_offset: got {weight_offset!r}; pass a finite number")
     if weight_offset != 0.0 and weight is None:
         raise ValueError(f"weight_offset: got {weight_offset!r} with weight=None; pass a weight, or weight_offset=0.0")

@@ -287,16 +287,17 @@ _ROTARY_COMPILED: tuple[Case, ...] = (
     *({"rows": 4096, "columns": config.block_n} for config in configs.ROTARY["generic"][:-1]),
     {"rows": 4096, "columns": 1024, "rotary_dim": 514},
     *({"rows": 4096, "columns": columns, "unweighted": True} for columns in (40, 64, 80, 96, 128, 160, 192)),
+    {"rows": 4096, "columns": 64, "plain": True},
+    # Every switch at the wider of the common heads.
     *(
-        {"rows": 4096, "columns": columns, **switches}
-        for columns in (64, 128)
+        {"rows": 4096, "columns": 128, **switches}
         for switches in (
             {"plain": True},
             {"plain": True, "interleaved": True},
             {"plain": True, "full_tables": True},
             {"interleaved": True},
-            {"rotary_dim": columns // 2},
-            {"rotary_dim": columns // 2, "interleaved": True},
+            {"rotary_dim": 64},
+            {"rotary_dim": 64, "interleaved": True},
             {"full_tables": True, "table_dtype": torch.bfloat16},
             {"full_tables": True, "interleaved": True},
             {"mixed": True},
@@ -530,11 +531,15 @@ _LINEAR_CROSS_ENTROPY_CASES = (
     {"rows": 9, "columns": 12, **_EVERY_TERM},
     {"rows": 9, "columns": 12, "reduction": "none", **_EVERY_TERM},
 )
-_LINEAR_CROSS_ENTROPY_LARGE = tuple(
-    {"rows": rows, "columns": columns, "classes": classes}
-    for rows in (8192, 65536)
-    for columns in (768, 2048, 4096)
-    for classes in (50304, 128256)
+_LINEAR_CROSS_ENTROPY_LARGE = (
+    *(
+        {"rows": rows, "columns": columns, "classes": classes}
+        for rows in (8192, 65536)
+        for columns in (768, 2048, 4096)
+        for classes in (50304, 128256)
+    ),
+    # In chunks, and by blocks of classes. Of 64k tokens PyTorch would hold 206 GB of logits: in 16 bits, in 32 twice.
+    *({"rows": 8192, "columns": columns, "classes": 262144} for columns in (2048, 4096)),
 )
 _LINEAR_CROSS_ENTROPY_COMPILED = tuple(
     {"rows": 512, "columns": 768, "classes": 50304, "reduction": reduction, **terms}

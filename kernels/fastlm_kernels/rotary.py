@@ -116,27 +116,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _check_norm(
-    q_weight: Tensor | None, k_weight: Tensor | None, qk_norm_eps: float | None, weight_offset: float
+    q: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, qk_norm_eps: float | None, weight_offset: float
 ) -> None:
-    """Raise ValueError unless the norm's options are numbers that belong together."""
+    """Raise ValueError unless the norm's options are numbers and vectors that belong together."""
     if qk_norm_eps is None and (q_weight is not None or k_weight is not None):
         raise ValueError("qk_norm_eps: got None with q_weight or k_weight; give the norm's eps, e.g. 1e-6")
     if qk_norm_eps is not None and not _is_finite(qk_norm_eps):
         raise ValueError(f"qk_norm_eps: got {qk_norm_eps!r}; give a finite number, or None for no norm")
     if not _is_finite(weight_offset):
         raise ValueError(f"weight_offset: got {weight_offset!r}; give a finite number")
+    if weight_offset != 0.0 and q_weight is None and k_weight is None:
+        raise ValueError(
+            f"weight_offset: got {weight_offset!r} with no weight; give q_weight or k_weight, or weight_offset=0.0"
+        )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is None or (isinstance(weight, Tensor) and weight.shape == q.shape[-1:]):
+            continue
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(f"{name}: got {got}; give a tensor of shape {tuple(q.shape[-1:])}, or None")
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not asked math.isfinite: the compiler traces a number that varies from call to call.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _check_shapes(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim_axis: int, rotary_dim: int | None
 ) -> tuple[int, int]:
     """(the axis of the heads, R); ValueError unless the shapes belong together."""
-    if head_dim_axis not in _HEADS_AXIS:
+    if not _is_int(head_dim_axis) or head_dim_axis not in _HEADS_AXIS:
         raise ValueError(f"head_dim_axis: got {head_dim_axis!r}; give 1 for (B, H, T, D) or 2 for (B, T, H, D)")
+    if rotary_dim is not None and not _is_int(rotary_dim):
+        raise ValueError(f"rotary_dim: got {rotary_dim!r}; give an even int, at most the head dimension, or None")
     heads_axis = _HEADS_AXIS[head_dim_axis]
     _check_tables(q, k, cos, sin, heads_axis)
     return heads_axis, _rotated_channels(q.shape[-1], cos.shape[-1], rotary_dim)
@@ -157,8 +173,8 @@ def rotary_embedding_reference(
     rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rotary_embedding` in PyTorch's operators: the definition, and the path where no kernel runs."""
-    _check_norm(q_weight, k_weight, qk_norm_eps, weight_offset)
     heads_axis, rotated = _check_shapes(q, k, cos, sin, head_dim_axis, rotary_dim)
+    _check_norm(q, q_weight, k_weight, qk_norm_eps, weight_offset)
     wide = torch.promote_types(q.dtype, torch.float32)
     # (T, R) -> (T, 1, R) or (1, T, R); with a batch in front the same axis counted from the end.
     cos, sin = (table.to(wide).unsqueeze(-2 if heads_axis == 2 else -3) for table in (cos, sin))
@@ -273,7 +289,7 @@ def _turn(a, b, cos_a, cos_b, sin_a, sin_b, INVERSE: tl.constexpr):
     return a * cos_a - b * sin_a, b * cos_b + a * sin_b
 
 
-_VARYING = ("T", "heads_q", "heads_k", "groups_q", "groups_k", "group_heads", "stride_cb", "stride_ct")
+_VARYING = ("positions", "heads_q", "heads_k", "groups_q", "groups_k", "group_heads", "stride_cb", "stride_ct")
 
 
 @kernel(
@@ -292,7 +308,7 @@ def rotary_kernel(
     WK,
     YQ,
     YK,
-    T,
+    positions,
     heads_q,
     heads_k,
     groups_q,
@@ -333,11 +349,11 @@ def rotary_kernel(
     """Program = (batch, block of positions, group of heads of q or of k), groups fastest."""
     groups = groups_q + groups_k
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
-    time_blocks = tl.cdiv(T, BLOCK_T)
+    time_blocks = tl.cdiv(positions, BLOCK_T)
     # int64 from the start: a tensor may pass 2^31 elements.
     batch = (block // time_blocks).to(tl.int64)
     t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    t_ok = t < T
+    t_ok = t < positions
 
     table_rows = (batch * stride_cb + t * stride_ct) * TABLE_UNIT
     cos_a, cos_b = _load_table(COS, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
@@ -365,7 +381,7 @@ def rotary_kernel(
             squares = tl.sum(a * a + b * b, axis=1)
             if BLOCK_REST > 0:
                 squares += tl.sum(rest * rest, axis=1)
-            # rstd = 1 / sqrt(mean(x^2) + eps); positions past T hold zeros, which eps = 0 would divide by
+            # rstd = 1 / sqrt(mean(x^2) + eps); positions past the last hold zeros, which eps = 0 would divide by
             rstd = tl.rsqrt(tl.where(t_ok, squares / D + eps, 1.0))[:, None]
             a, b = a * rstd, b * rstd
             if BLOCK_REST > 0:
@@ -400,7 +416,7 @@ def rotary_norm_backward_kernel(
     DQ,
     DK,
     DW,
-    T,
+    positions,
     blocks,
     steps,
     heads_q,
@@ -449,7 +465,7 @@ def rotary_norm_backward_kernel(
     groups = groups_q + groups_k
     group, walker = tl.program_id(0) % groups, tl.program_id(0) // groups
     walkers = tl.num_programs(0) // groups
-    time_blocks = tl.cdiv(T, BLOCK_T)
+    time_blocks = tl.cdiv(positions, BLOCK_T)
     if group < groups_q:
         DY, X, W, DX, heads, first, weighted = DYQ, Q, WQ, DQ, heads_q, group * group_heads, HAS_WQ
         stride_dyb, stride_dyt = tl.cast(stride_dyqb, tl.int64), tl.cast(stride_dyqt, tl.int64)
@@ -477,7 +493,7 @@ def rotary_norm_backward_kernel(
         block = step * walkers + walker
         batch = (block // time_blocks).to(tl.int64)
         t = (block % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        t_ok = (t < T) & (block < blocks)
+        t_ok = (t < positions) & (block < blocks)
         table_rows = (batch * stride_cb + t * stride_ct) * TABLE_UNIT
         cos_a, cos_b = _load_table(COS, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
         sin_a, sin_b = _load_table(SIN, table_rows, stride_cr, t_ok, PAIRS, BLOCK_P, INTERLEAVED, FULL, ACC)
@@ -503,7 +519,7 @@ def rotary_norm_backward_kernel(
                 g_rest = tl.load(DY + dy_at[:, None] + cols[None, :], mask=rest_ok, other=0.0).to(ACC)
                 x_rest = tl.load(X + x_at[:, None] + cols[None, :], mask=rest_ok, other=0.0).to(ACC)
                 squares += tl.sum(x_rest * x_rest, axis=1)
-            # x^ = x rstd; positions past T hold zeros, which eps = 0 would divide by
+            # x^ = x rstd; positions past the last hold zeros, which eps = 0 would divide by
             rstd = tl.rsqrt(tl.where(t_ok, squares / D + eps, 1.0))[:, None]
             x_a, x_b = x_a * rstd, x_b * rstd
             if BLOCK_REST > 0:
@@ -806,6 +822,9 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, cos, sin, q_weight, k_weight, *options = inputs
     ctx.set_materialize_grads(False)
+    needs = ctx.needs_input_grad
+    # Neither side depends on the other's inputs.
+    ctx.mark_non_differentiable(*(y for side, y in enumerate(output) if not (needs[side] or needs[4 + side])))
     ctx.options = _Options(*options)
     normed = ctx.options.eps is not None
     ctx.save_for_backward(cos, sin, *((q, k, q_weight, k_weight) if normed else (None,) * 4))
@@ -841,11 +860,11 @@ rotary_backward = Operator(
 )
 
 
-def _obstacle(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Any, k_weight: Any) -> str | None:
+def _obstacle(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
+) -> str | None:
     """Why the kernels do not cover this call."""
     weights = [w for w in (q_weight, k_weight) if w is not None]
-    if not all(isinstance(w, Tensor) for w in weights):
-        return "a weight is not a tensor"
     for tensor in (q, k, cos, sin, *weights):
         if tensor.dtype not in _KERNEL_DTYPES:
             return f"no kernel for {tensor.dtype}"
@@ -853,8 +872,6 @@ def _obstacle(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Any, k_w
         return f"q is {q.dtype}, k is {k.dtype}"
     if q.shape[-1] > _LARGEST_HEAD:
         return f"a head dimension of {q.shape[-1]}, above {_LARGEST_HEAD}"
-    if any(tuple(w.shape) != (q.shape[-1],) for w in weights):
-        return f"a weight is not of shape ({q.shape[-1]},)"
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return "cos or sin requires a gradient"
     return None
@@ -892,8 +909,8 @@ def rotary_embedding(
     Returns (q, k), new tensors of their shapes and dtypes; every input is differentiable. ValueError for shapes that
     do not belong together.
     """
-    _check_norm(q_weight, k_weight, qk_norm_eps, weight_offset)
     heads_axis, rotated = _check_shapes(q, k, cos, sin, head_dim_axis, rotary_dim)
+    _check_norm(q, q_weight, k_weight, qk_norm_eps, weight_offset)
     obstacle = _obstacle(q, k, cos, sin, q_weight, k_weight)
     if _runtime.choose(q, k, cos, sin, q_weight, k_weight, obstacle=obstacle):
         eps = None if qk_norm_eps is None else float(qk_norm_eps)

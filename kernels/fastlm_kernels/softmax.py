@@ -235,7 +235,8 @@ def _obstacle(input: Any, dim: Any, dtype: Any) -> str | None:
     if not isinstance(dim, int) or isinstance(dim, bool):
         return f"dim={dim!r} is not an int"
     if input.dim() == 0 or dim not in (-1, input.dim() - 1):
-        return f"dimension {dim} of {input.dim()} is not the last"
+        # Without its number, which the compiler may hold as a symbol that no text can show.
+        return "dim is not the last dimension"
     if input.shape[-1] == 0:
         return "rows of zero elements"
     # PyTorch rounds the input to `dtype` first; to a wider one that changes nothing.

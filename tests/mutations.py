@@ -1364,6 +1364,7 @@ MUTATIONS = (
         "            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:",
         "            if not isinstance(value, Tensor):",
         "test_fused_optim.py::test_wide_updates_save_load_and_go_on_bit_for_bit[triton-AdamW-master_weights]",
+    ),
     Mutation(
         "num_items hides a bad reduction",
         "cross_entropy.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,10 @@ from fastlm_kernels.registry import KERNELS, Kernel
 pytestmark = [pytest.mark.needs_compiler, pytest.mark.xdist_group("ahead of time")]
 
 
+# bf16, causal, head dimensions 64 and 128: no spill. Binaries of other heads, masks in memory or fp32 that do: not to
+# become more.
+PLAIN_ATTENTION = r"scaled_dot_product_attention rows\d+-columns(64|128)-kv_heads\d+ bfloat16"
+ATTENTION_SPILLS = {"3.6": 60, "3.7": 50}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
@@ -139,11 +144,14 @@ def test_hash_is_of_the_code_alone() -> None:
 
 @pytest.mark.parametrize("triton_version", aot.REPORTED_TRITONS)
 def test_committed_reports_are_fresh_and_clean(triton_version: str) -> None:
-    """Made from these sources, for every architecture and every kernel, without a spill."""
+    """Made from these sources, for every architecture and every kernel; spills where attention is known to."""
     sources, found = aot.read_report(aot.report_path(triton_version))
     remedy = f"run python -m fastlm_kernels.aot --all under Triton {triton_version} and commit what it writes"
     assert sources == aot.source_hash(), remedy
-    assert [row for row in found if row["spill_bytes"] != "0"] == []
+    spilling = [row for row in found if row["spill_bytes"] != "0"]
+    assert all(row["kernel"].startswith("attention_") for row in spilling)
+    assert not [row for row in spilling if re.fullmatch(PLAIN_ATTENTION, row["call"])]
+    assert len(spilling) <= ATTENTION_SPILLS[triton_version]
     assert all(int(row["shared_bytes"]) <= int(row["shared_limit"]) for row in found)
     for architecture in configs.ARCHITECTURES:
         mine = [row for row in found if row["architecture"] == architecture]

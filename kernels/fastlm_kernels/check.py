@@ -9,9 +9,9 @@ with ref computed in fp64: an error of one unit is what rounding the inputs alon
 
     max(err / u) <= 2 max(err of PyTorch / u) + 4      and      rms(err / u) <= 2 rms(err of PyTorch / u) + 1
 
-with PyTorch's op on the same device and inputs as the baseline, its infinite errors left out; where u is 0 the error
-must be 0, whatever PyTorch's is. Both sides are judged per element, so that a gradient's small elements count as much
-as its large ones.
+with PyTorch's op on the same device and inputs as the baseline, its errors past 1e7 units (no digit of an fp32 result
+is right) left out; where u is 0 the error must be 0, whatever PyTorch's is. Both sides are judged per element, so that
+a gradient's small elements count as much as its large ones; of fewer than 8 elements the largest error alone.
 
 On a CPU, TRITON_INTERPRET=1 runs the kernels themselves. Triton 3.6's interpreter fails on loops with run-time bounds
 under numpy 2.4 and newer: use an older numpy, or Triton 3.7.
@@ -34,6 +34,10 @@ from .registry import KERNELS, Arguments, Case, Kernel, case_name, generator_of,
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DRAWS = 8
+# Where PyTorch is off by more units than this (a causal query with one key, whose score gradient is 0 and comes out as
+# noise), it is no measure: its error would allow any other anywhere.
+_BASELINE_LIMIT = 1e7
+_FEWEST_FOR_A_MEAN = 8
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,11 @@ def compare(
     for name, result in ours.items():
         worst, rms = _largest_and_rms(in_units(result, truth[name], change[name]))
         base = in_units(theirs[name], truth[name], change[name])
-        # An error of PyTorch's where u is 0 would be an infinite allowance everywhere.
-        base_worst, base_rms = _largest_and_rms(base.masked_fill(base.isinf(), 0.0))
-        errors.append(Error(name, worst, 2 * base_worst + 4, rms, 2 * base_rms + 1))
+        base_worst, base_rms = _largest_and_rms(base.masked_fill(base > _BASELINE_LIMIT, 0.0))
+        worst_allowed, rms_allowed = 2 * base_worst + 4, 2 * base_rms + 1
+        # The mean of a few says no more than the largest.
+        few = result.numel() < _FEWEST_FOR_A_MEAN
+        errors.append(Error(name, worst, worst_allowed, rms, worst_allowed if few else rms_allowed))
     return errors
 
 

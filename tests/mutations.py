@@ -1634,15 +1634,15 @@ MUTATIONS = (
     Mutation(
         "attention: dq without delta",
         "attention.py",
-        "        delta[:, None],\n            lse[:, None],\n            k_at,\n            v_at,\n            first if",
-        "        delta[:, None] * 0.0,\n            lse[:, None],\n            k_at,\n            v_at,\n            first if",
+        "delta[:, None],\n            lse[:, None],\n            k_at,\n            v_at,\n            first",
+        "delta[:, None] * 0.0,\n            lse[:, None],\n            k_at,\n            v_at,\n            first",
         "test_attention.py::test_lengths_around_tiles[False-65]",
     ),
     Mutation(
         "attention: dq of another head's keys",
         "attention.py",
-        "    k_at = K + (at_batch * stride_kb + key_head * stride_kh) * UNIT + begin_k * stride_ks\n    k_at += n[None, :]",
-        "    k_at = K + (at_batch * stride_kb) * UNIT + begin_k * stride_ks\n    k_at += n[None, :]",
+        "K + (at_batch * stride_kb + key_head * stride_kh) * UNIT + begin_k * stride_ks\n    k_at += n[None",
+        "K + (at_batch * stride_kb) * UNIT + begin_k * stride_ks\n    k_at += n[None",
         _ACCURATE.format("scaled_dot_product_attention-rows37-columns16-batch2-heads4-kv_heads2-float32"),
     ),
     Mutation(

@@ -769,6 +769,7 @@ def _launch_norm_backward(
     read, scalars, switches = _shared((*upstream, *sides, *results), tables, weights, options)
     # With sums to keep, as many programs as stay resident, each walking many blocks; else one a block.
     walkers = plan.walkers if need_dw else plan.blocks
+    asked_for = configs.registers_asked_for(_runtime.architecture(inputs[0].device))
     programs, (acc, tl_acc) = walkers * sum(plan.groups), accumulator(inputs[0].dtype)
     partial = torch.empty((programs if need_dw else 0, plan.sizes["D"]), dtype=acc, device=inputs[0].device)
     launch(
@@ -781,7 +782,7 @@ def _launch_norm_backward(
             *(*plan.heads, *plan.groups, plan.group_heads, *scalars),
         ),
         num_warps=plan.num_warps,
-        max_registers=configs.ROTARY_SUM_REGISTERS if need_dw else None,
+        max_registers=configs.ROTARY_SUM_REGISTERS if need_dw else asked_for,
         **plan.sizes,
         **switches,
         HAS_DW=need_dw,

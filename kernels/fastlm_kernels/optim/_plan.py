@@ -274,7 +274,9 @@ class Bundle:
         form = self.form
         dtypes = (form.param, form.grad, *form.states, form.master)
         sizes = [dtype.itemsize for dtype in dtypes if dtype is not None]
-        config = configs.optim_config(_runtime.architecture(self.device), *sizes)
+        architecture = _runtime.architecture(self.device)
+        config = configs.optim_config(architecture, *sizes)
+        every_option = control is not None and zero and max(sizes) == 2
         launch(
             update_kernel,
             (self.chunks,),
@@ -283,7 +285,7 @@ class Bundle:
                 *(self.tickets, len(self.members)),
             ),
             num_warps=config.num_warps,
-            max_registers=configs.OPTIM_REGISTERS if control is not None and zero and max(sizes) == 2 else None,
+            max_registers=configs.OPTIM_REGISTERS if every_option else configs.registers_asked_for(architecture),
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),

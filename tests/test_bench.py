@@ -23,7 +23,7 @@ def test_kernel_benches_run_and_say_what_they_timed(tmp_path: Path) -> None:
     """One small shape of every kernel, each provider, and the binaries' resources where they can be built."""
     file = tmp_path / "bench.json"
     options = ["--benchmark-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={file}"]
-    selected = "columns256 or (test_resources and sm_90)"
+    selected = "columns256 or (test_time and (rotary or linear_cross or scaled_dot)) or (test_resources and sm_90)"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     # Timing the interpreter would say nothing and take minutes.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}

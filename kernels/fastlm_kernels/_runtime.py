@@ -13,8 +13,12 @@ Names in all kernels. Pointers are capitals, the same in every family:
     R, H            the residual, and the sum X + R
     W, B            weight and bias (WQ, WK of queries and keys), or the classes' weights, whose sum is WEIGHT_SUM
     COS, SIN        tables by position
+    V, OUT, DELTA   attention's values, its output (DO its gradient) and rowsum(DO OUT); there T and S are the lengths
+    MASK, KEY_MASK  which keys take part, for each query or for all; SEED of dropout
+    CU_Q, CU_K, USED_K      where packed documents begin, and how many of their keys are used
+    PARTIAL_LSE     the log-sum-exp of each part of a long cache
     T               targets
-    D...            the loss's gradient with respect to what follows: DX, DY, DYQ; DW and DB are partial sums of theirs
+    D...            the loss's gradient with respect to what follows: DX, DY, DO, DYQ; DW and DB are partial sums
     UPSTREAM        the gradient of what follows the loss: one number, or one a row
     STATS, LSE      of each row: rstd and then mean; the logarithm of the sum of its powers
     LOSS, Z, COUNT  of each row: the loss, its part from LSE^2, what it adds to the mean's denominator

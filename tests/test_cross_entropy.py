@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import DEVICE, LAYOUTS, offset, padded, strided, transposed
+from layouts import DEVICE, LAYOUTS, guarded, offset, padded, strided, transposed
 from torch import Tensor
 
 import fastlm_kernels as fk
@@ -404,6 +404,22 @@ def test_long_rows_with_all_options_are_accurate(dtype: torch.dtype, classes: in
 
 
 @needs_kernels
+@pytest.mark.parametrize("tiles", ["whole", "long"])
+@pytest.mark.parametrize("target", [0, 23, 2**40], ids=str)
+def test_no_read_beyond_the_logits(target: int, tiles: str, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """The logits end where readable memory does; the last row's target is a class, or points past them."""
+    if tiles == "long":
+        request.getfixturevalue("long_rows")
+    monkeypatch.setattr(kernels, "_check_targets", lambda *_: None)
+    call = _call(torch.float32, classes=23, reduction="none")
+    call["target"][-1] = target
+    call["input"] = guarded(call["input"]).requires_grad_()
+    loss = fk.cross_entropy(**call)
+    (grad,) = torch.autograd.grad(loss.sum(), call["input"])
+    assert bool(loss[-1].isnan()) == bool(grad[-1].isnan().all()) == (target != 0)
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("reduction", "tiles"),
     [("none", "whole"), ("sum", "whole"), ("mean", "whole"), ("items", "whole"), ("mean", "long")],
@@ -655,10 +671,11 @@ def test_a_row_of_two_to_the_18_classes() -> None:
 
 @needs_kernels
 @pytest.mark.usefixtures("long_rows")
+@pytest.mark.parametrize("rows", [40, 77, 300])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_many_rows_are_summed_in_two_passes(reduction: str) -> None:
-    """The last program of the first pass has fewer rows than the others."""
-    call = _call(torch.float32, rows=77, z_loss=0.1, weight=True, reduction=reduction, return_z_loss=True)
+def test_many_rows_are_summed_in_one_pass_or_two(reduction: str, rows: int) -> None:
+    """One program in several steps; several programs, the last with fewer rows, whose sums one program adds."""
+    call = _call(torch.float32, rows=rows, z_loss=0.1, weight=True, reduction=reduction, return_z_loss=True)
     torch.testing.assert_close(fk.cross_entropy(**call), kernels.cross_entropy_reference(**call))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import moat
 from test_kernel_optim import INPUTS
 from torch import Tensor
 
@@ -666,7 +667,7 @@ def plain_product(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> T
 def test_symmetric_products(dtype: torch.dtype, shape: tuple[int, ...], with_add: bool, kernel_device: str) -> None:
     """Every tile of the triangle and its mirror image; tails; both orders of the operand in memory."""
     batch, n, _ = shape
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kernel_device, dtype)
+    x = moat(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kernel_device, dtype))
     add = torch.randn(batch, n, n, device=kernel_device).to(dtype)
     add = (add + add.mT if with_add else add).contiguous()
     given = add if with_add else None

@@ -1,27 +1,35 @@
-"""Every deliberate break of `mutations.py` is noticed by its test."""
+"""Every deliberate break of `mutations` is noticed by its test."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import os
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, Mutation, survives
+from mutations import MUTATIONS
 
 from fastlm_kernels.registry import KERNELS
+
+HERE = Path(__file__).parent
 
 
 @pytest.mark.needs_interpreter
 def test_every_mutation_is_noticed() -> None:
-    """Each named test fails on its mutated copy; one process a core."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip((m.name for m in MUTATIONS), pool.map(survives, MUTATIONS), strict=True))
-    assert {name: defect for name, defect in found.items() if defect is not None} == {}
+    """Each named test fails on its mutated copy."""
+    run = _mutations("pass")
+    assert run.returncode == 0, run.stdout[run.stdout.find("SURVIVES") :][:8000] + run.stderr[-2000:]
+    assert run.stdout.count("killed") == len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+
+
+def _mutations(code: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mutations` after `code`, which may put others in their place."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    code = f"import runpy; {code}; runpy.run_module('mutations', alter_sys=True)"
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True)
 
 
 def test_every_kernel_has_at_least_three_mutations() -> None:
@@ -40,9 +48,14 @@ def test_every_kernel_has_at_least_three_mutations() -> None:
 @pytest.mark.needs_interpreter
 def test_the_runner_notices_survivors_and_typos() -> None:
     """A break that changes nothing, a text that is gone and a test that does not exist are all reported."""
-    harmless = Mutation(
-        "harmless", "norm.py", "import math\n", "import math  # \n", "test_norm.py::test_several_normalised_axes"
+    test = "test_norm.py::test_several_normalised_axes"
+    run = _mutations(
+        "import mutations; from mutations.mutation import Mutation; mutations.MUTATIONS = ("
+        f"Mutation('harmless', 'norm.py', 'import math', 'import math  #', {test!r}),"
+        f"Mutation('gone', 'norm.py', 'no such text', '', {test!r}),"
+        "Mutation('no test', 'norm.py', 'import math', 'import math  #', 'test_norm.py::test_gone'))"
     )
-    assert "ended with 0" in (survives(harmless) or "")
-    assert "occurs 0 times" in (survives(replace(harmless, old="no such text")) or "")
-    assert "ended with 4" in (survives(replace(harmless, test="test_norm.py::test_gone")) or "")
+    assert run.returncode == 1
+    assert run.stdout.count("SURVIVES") == 3
+    for said in ("ended with 0", "occurs 0 times", "ended with 4"):
+        assert said in run.stdout

@@ -379,6 +379,7 @@ class TestPaths:
         import torch._dynamo
 
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         train(corpus, tmp_path / "eager", steps=3)
         train(corpus, tmp_path / "compiled", "--train.compile", "true", steps=3)
         out = capsys.readouterr().out

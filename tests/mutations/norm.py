@@ -1,0 +1,238 @@
+"""Breaks of norm.py."""
+
+from __future__ import annotations
+
+from mutations.mutation import ACCURATE, EVERY, LONG, Mutation
+
+MUTATIONS = (
+    # norm.py: around the kernels
+    Mutation(
+        "norms: a number that varies cannot be compiled",
+        "norm.py",
+        "-math.inf < weight_offset < math.inf",
+        "math.isfinite(weight_offset)",
+        "test_norm.py::test_numbers_that_vary_from_call_to_call_compile[preferred]",
+    ),
+    Mutation(
+        "norms: h wants a gradient where the weight alone does",
+        "norm.py",
+        "residual is not None and any(ctx.needs_input_grad[:2])",
+        "residual is not None",
+        EVERY + "test_outputs_require_a_gradient_where_pytorchs_do[eager-add_rms_norm]",
+    ),
+    # norm_forward_kernel
+    Mutation(
+        "residual sum not rounded before the statistics",
+        "norm.py",
+        "        x = x.to(H.dtype.element_ty).to(ACC)\n",
+        "",
+        "test_norm.py::test_residual_sum_is_rounded_once_and_normalised_as_stored",
+    ),
+    Mutation(
+        "forward without eps",
+        "norm.py",
+        "tl.sum(x * x, axis=1) / N + eps, 1.0",
+        "tl.sum(x * x, axis=1) / N, 1.0",
+        ACCURATE.format("rms_norm-rows6-columns130-eps0.1-float32"),
+    ),
+    Mutation(
+        "long rows without eps",
+        "norm.py",
+        "squares / N + eps, 1.0",
+        "squares / N, 1.0",
+        LONG.format("rms_norm"),
+    ),
+    Mutation(
+        "padding columns in the variance",
+        "norm.py",
+        "x = tl.where(mask, x - mean[:, None], 0.0)",
+        "x = x - mean[:, None]",
+        ACCURATE.format("layer_norm-rows3-columns5-float32"),
+    ),
+    Mutation(
+        "variance of blocks merged without their means",
+        "norm.py",
+        "squares += step * step * start * width / (start + width)",
+        "squares += 0.0",
+        LONG.format("layer_norm"),
+    ),
+    Mutation(
+        "weight offset left out of the forward",
+        "norm.py",
+        "w = tl.load(W + cols, mask=col_ok, other=0.0).to(ACC) + weight_offset",
+        "w = tl.load(W + cols, mask=col_ok, other=0.0).to(ACC)",
+        "test_norm.py::test_weight_offset_is_added_before_rounding",
+    ),
+    Mutation(
+        "bias left out",
+        "norm.py",
+        "y += tl.load(B + cols, mask=col_ok, other=0.0).to(ACC)[None, :]",
+        "y += 0.0",
+        ACCURATE.format("add_layer_norm-rows3-columns5-float16"),
+    ),
+    Mutation(
+        "input read without a mask",
+        "norm.py",
+        "x = tl.load(X + x_at, mask=mask, other=0.0).to(ACC)\n    if HAS_RESIDUAL",
+        "x = tl.load(X + x_at).to(ACC)\n    if HAS_RESIDUAL",
+        EVERY + "test_any_strides_and_offsets[moat-rms_norm-whole]",
+    ),
+    Mutation(
+        "forward rows in int32",
+        "norm.py",
+        "rows = tl.program_id(0).to(tl.int64) * BLOCK_M",
+        "rows = tl.program_id(0) * BLOCK_M",
+        EVERY + "test_rows_past_two_to_the_31_elements[rms_norm]",
+    ),
+    # norm_backward_kernel
+    Mutation(
+        "dx without mean(g x^)",
+        "norm.py",
+        "dx = g - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None]",
+        "dx = g",
+        ACCURATE.format("rms_norm-rows3-columns5-bfloat16"),
+    ),
+    Mutation(
+        "dx without mean(g)",
+        "norm.py",
+        "dx -= (tl.sum(g, axis=1) / N)[:, None]",
+        "dx -= 0.0",
+        ACCURATE.format("layer_norm-rows5-columns768-float16"),
+    ),
+    Mutation(
+        "long rows: only the last block's sum",
+        "norm.py",
+        "sum_gx += tl.sum(g * xhat, axis=1)",
+        "sum_gx = tl.sum(g * xhat, axis=1)",
+        LONG.format("rms_norm"),
+    ),
+    Mutation(
+        "long rows: dx without mean(g)",
+        "norm.py",
+        " - (sum_g / N)[:, None]) * rstd",
+        ") * rstd",
+        LONG.format("add_layer_norm"),
+    ),
+    Mutation(
+        "gradient of h forgotten",
+        "norm.py",
+        "dx += tl.load(DH + h_at, mask=mask, other=0.0).to(ACC)",
+        "dx += 0.0",
+        ACCURATE.format("add_rms_norm-rows3-columns5-float32"),
+    ),
+    Mutation(
+        "weight offset left out of the backward",
+        "norm.py",
+        "w = tl.load(W + cols, mask=cols < N, other=0.0).to(ACC) + weight_offset\n    return",
+        "w = tl.load(W + cols, mask=cols < N, other=0.0).to(ACC)\n    return",
+        "test_norm.py::test_weight_offset_gradients_are_accurate",
+    ),
+    Mutation(
+        "dw without x^",
+        "norm.py",
+        "dw += dy * xhat",
+        "dw += dy",
+        ACCURATE.format("rms_norm-rows9-columns100-float32"),
+    ),
+    Mutation(
+        "only the first tile of each program",
+        "norm.py",
+        "    for step in tl.range(0, steps, num_stages=STAGES):\n        tile =",
+        "    for step in range(1):\n        tile =",
+        ACCURATE.format("rms_norm-rows11-columns2048-float32"),
+    ),
+    Mutation(
+        "backward rows in int32",
+        "norm.py",
+        "tile = (step * tl.num_programs(0) + program).to(tl.int64)",
+        "tile = step * tl.num_programs(0) + program",
+        EVERY + "test_rows_past_two_to_the_31_elements[rms_norm]",
+    ),
+    # norm_weight_gradient_kernel
+    Mutation(
+        "long rows: dw without rstd",
+        "norm.py",
+        "dw += dy * x * tl.load(STATS + rows, mask=row_ok, other=0.0)[:, None]",
+        "dw += dy * x",
+        LONG.format("rms_norm"),
+    ),
+    Mutation(
+        "long rows: dw without the mean",
+        "norm.py",
+        "x -= tl.load(STATS + M + rows, mask=row_ok, other=0.0)[:, None]",
+        "x -= 0.0",
+        LONG.format("layer_norm"),
+    ),
+    Mutation(
+        "long rows: only the first tile of each group",
+        "norm.py",
+        "    for step in range(steps):\n        rows = (step",
+        "    for step in range(1):\n        rows = (step",
+        LONG.format("layer_norm"),
+    ),
+    # sum_partials_kernel
+    Mutation(
+        "only the last partial sums",
+        "_rows.py",
+        "total += tl.load(PARTIAL",
+        "total = tl.load(PARTIAL",
+        LONG.format("rms_norm"),
+    ),
+    Mutation(
+        "partial sums past the last",
+        "_rows.py",
+        "mask = (rows < P)[:, None] & (cols < N)[None, :]",
+        "mask = (rows >= 0)[:, None] & (cols < N)[None, :]",
+        ACCURATE.format("rms_norm-rows3-columns5-float32"),
+    ),
+    Mutation(
+        "columns of the total in the wrong strip",
+        "_rows.py",
+        "cols = strip * BLOCK_N + tl.arange(0, BLOCK_N)\n    total",
+        "cols = tl.arange(0, BLOCK_N)\n    total",
+        ACCURATE.format("rms_norm-rows9-columns100-float32"),
+    ),
+    Mutation(
+        "the first sum twice",
+        "_rows.py",
+        "PARTIAL, TOTAL, P, strip = SECOND_PARTIAL,",
+        "PARTIAL, TOTAL, P, strip = PARTIAL,",
+        ACCURATE.format("layer_norm-rows9-columns100-float32"),
+    ),
+    # launchers and autograd
+    Mutation(
+        "columns taken for adjacent",
+        "_rows.py",
+        "return rows if columns == 1 or rows.stride(1) == 1 else rows.contiguous()",
+        "return rows",
+        EVERY + "test_any_strides_and_offsets[strided-add_rms_norm-whole]",
+    ),
+    Mutation(
+        "lazy negation of the upstream gradient ignored",
+        "norm.py",
+        "as_rows(dy.resolve_neg(), columns)",
+        "as_rows(dy, columns)",
+        EVERY + "test_negated_upstream_gradient[rms_norm]",
+    ),
+    Mutation(
+        "one gradient dtype for input and residual",
+        "norm.py",
+        "(dr if two_dtypes else dx) if need_r else None",
+        "dx if need_r else None",
+        ACCURATE.format("add_rms_norm-rows6-columns130-mixed-bfloat16"),
+    ),
+    Mutation(
+        "h's gradient lost when y is unused",
+        "norm.py",
+        "return (dx, dh if need_r else None, None, None, *rest)",
+        "return (dx, None, None, None, *rest)",
+        EVERY + "test_one_output_used_alone[add_rms_norm]",
+    ),
+    Mutation(
+        "result dtype blind to autocast",
+        "norm.py",
+        "return torch.float32 if _runtime.autocast_to_fp32(input) else input.dtype",
+        "return input.dtype",
+        "test_capture.py::test_autocast_gives_pytorchs_dtype",
+    ),
+)

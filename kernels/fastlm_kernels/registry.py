@@ -287,17 +287,16 @@ _ROTARY_COMPILED: tuple[Case, ...] = (
     *({"rows": 4096, "columns": config.block_n} for config in configs.ROTARY["generic"][:-1]),
     {"rows": 4096, "columns": 1024, "rotary_dim": 514},
     *({"rows": 4096, "columns": columns, "unweighted": True} for columns in (40, 64, 80, 96, 128, 160, 192)),
-    {"rows": 4096, "columns": 64, "plain": True},
-    # Every switch at the wider of the common heads.
     *(
-        {"rows": 4096, "columns": 128, **switches}
+        {"rows": 4096, "columns": columns, **switches}
+        for columns in (64, 128)
         for switches in (
             {"plain": True},
             {"plain": True, "interleaved": True},
             {"plain": True, "full_tables": True},
             {"interleaved": True},
-            {"rotary_dim": 64},
-            {"rotary_dim": 64, "interleaved": True},
+            {"rotary_dim": columns // 2},
+            {"rotary_dim": columns // 2, "interleaved": True},
             {"full_tables": True, "table_dtype": torch.bfloat16},
             {"full_tables": True, "interleaved": True},
             {"mixed": True},

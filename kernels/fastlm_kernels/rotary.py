@@ -631,14 +631,19 @@ class _Plan(NamedTuple):
     sizes: dict[str, Any]
 
 
-def _plan(sides: _Pair, everyone: _Pair, options: _Options) -> _Plan:
-    """`everyone`'s heads decide how the work is cut, so that a sum's order is the same whichever sides take part."""
+def _plan(sides: _Pair, everyone: _Pair, options: _Options, summed: bool = False) -> _Plan:
+    """How to cut the work; `summed`: weights' gradients are.
+
+    `everyone`'s heads decide, so that a sum's order is the same whichever sides take part.
+    """
     like = next(x for x in sides if x is not None)
     batch, time, width = like.shape[0], like.shape[3 - options.heads_axis], like.shape[3]
     block_p = _power_of_2(options.rotated // 2)
     block_rest = _power_of_2(width - options.rotated)
     architecture = _runtime.architecture(like.device)
-    table = configs.ROTARY_INTERLEAVED if options.interleaved else configs.ROTARY
+    # Half the elements a thread also where three sums and three parts of a head would take more than its registers.
+    narrow = options.interleaved or (summed and block_rest > 0)
+    table = configs.ROTARY_INTERLEAVED if narrow else configs.ROTARY
     config = configs.row_config(table, architecture, 2 * block_p + block_rest)
     blocks = batch * -(-time // config.block_m)
     heads, all_heads = ([0 if x is None else x.shape[options.heads_axis] for x in pair] for pair in (sides, everyone))
@@ -765,7 +770,8 @@ def _launch_norm_backward(
     results = [
         None if x is None else dx if need else _like(x) for x, dx, need in zip(sides, grads, needs[:2], strict=False)
     ]
-    plan, need_dw = _plan(sides, inputs, options), any(needs[2:])
+    need_dw = any(needs[2:])
+    plan = _plan(sides, inputs, options, summed=need_dw)
     read, scalars, switches = _shared((*upstream, *sides, *results), tables, weights, options)
     # With sums to keep, as many programs as stay resident, each walking many blocks; else one a block.
     walkers = plan.walkers if need_dw else plan.blocks

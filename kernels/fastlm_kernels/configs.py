@@ -124,7 +124,7 @@ ROTARY: RowTable = {"generic": _HEADS, "gfx942": _gfx942(_HEADS)}
 ROTARY_INTERLEAVED: RowTable = {"generic": _HEADS_INTERLEAVED, "gfx942": _gfx942(_HEADS_INTERLEAVED)}
 # With weight gradients the assembler, left alone, stops at 128 registers and spills 8 bytes of unaligned rows' masks.
 ROTARY_SUM_REGISTERS = 255
-# Programs a multiprocessor holds in the backward of a partial rotation after the norm: 8 warps of 125 registers a thread.
+# Programs a multiprocessor holds in the backward of a partial rotation after the norm: 8 warps, 125 registers a thread.
 ROTARY_PARTIAL_PROGRAMS = 2
 _ROTARY_GROUP_HEADS = 4
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import fastlm_kernels as fk
+from bench import device
+from bench.device import DEVICE, GPU
 from bench.timing import captured, device_seconds, host_seconds
 from fastlm_kernels import _runtime
 from fastlm_kernels.optim.steps import bytes_per_parameter
 
-GPU = torch.cuda.is_available() and not _runtime.INTERPRETED
-DEVICE = "cuda" if GPU else "cpu"
 # (layers, width) of GPT-2's shapes
 MODELS = {"124M": (12, 768), "1.5B": (48, 1600)} if GPU else {"small": (4, 64)}
 CLIPS = (None, 1.0)
@@ -76,7 +76,7 @@ def _measure(provider: str, model: str, clip: float | None) -> tuple[Callable[[]
     host = host_seconds(step)
     if not GPU:
         return step, host, host, elements
-    graph = captured(lambda _: step(), [None])  # type: ignore[list-item]
+    graph = captured([step])
     return graph.replay, device_seconds(graph.replay), host, elements
 
 
@@ -102,8 +102,12 @@ def test_adamw(benchmark: Any, model: str, clip: float | None, provider: str) ->
         ratio=baseline / taken,
         seconds=taken,
         host_seconds=host,
+        bytes=moved,
         bytes_per_second=moved / taken,
-        device=torch.cuda.get_device_name() if GPU else "cpu",
+        bandwidth_share=moved / taken / device.rates().copy_bytes_per_second,
+        direction="step",
+        device=device.name(),
+        checked=True,
         path=_runtime.explain(fk.optim.AdamW([torch.ones(1, device=DEVICE, requires_grad=True)]).step).path,
     )
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.config import ModelConfig, OptimConfig
+from fastlm.flops import parameters
 
 _EPS = 1e-5
 _ROPE_BASE = 10_000.0
@@ -137,6 +138,16 @@ def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: channel i turns with channel i + C/2 by the angles of `cos` and `sin`, (T, C/2)."""
     a, b = x_BHTC.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def plain_bytes(cfg: ModelConfig, vocab_size: int, tokens: int) -> int:
+    """About the peak of an update in bf16 with `tokens` in a micro-batch: which sizes are worth trying, no more.
+
+    16 bytes a parameter; a block keeps its fp32 stream twice and 14 values of 16 bits a channel (two norms' outputs,
+    q, k, v, attention's output, the MLP before and after its activation); logits lie there in 16 bits and in fp32, with
+    both gradients.
+    """
+    return 16 * parameters(cfg, vocab_size).total + tokens * (36 * cfg.n_layer * cfg.n_embd + 12 * vocab_size)
 
 
 def plain_optimizers(cfg: OptimConfig, model: PlainGPT) -> list[torch.optim.Optimizer]:

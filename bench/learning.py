@@ -20,6 +20,7 @@ from bench.training import Workload, baseline_update, fastlm_update, release, wa
 from fastlm.config import Config, ModelConfig, OptimConfig
 from fastlm.optim import set_lr
 from fastlm.resolve import resolve
+from fastlm.schedule import multiplier
 from fastlm.text import embedded_source
 
 _VAL_SHARE = 0.1
@@ -122,19 +123,20 @@ def _contender(
 ) -> tuple[Callable[[int, Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], float]]:
     """(a function of the update's number and a batch that trains, one that evaluates)."""
     cfg = Config(seed=1, model=recipe.model, optim=recipe.optim)
-    cfg.data.seq_len, cfg.train.batch_size = course.seq_len, course.batch_size
+    cfg.data.seq_len, cfg.train.batch_size, cfg.train.steps = course.seq_len, course.batch_size, 100_000
+    cfg.optim = replace(cfg.optim, schedule="constant", warmup_steps=_WARMUP_UPDATES)
     cfg.train.compile = "auto" if compiles is None else compiles
     cfg, _ = resolve(cfg, device, 256, steps=1000)
     release(device)
     torch._dynamo.reset()
     work, plain = Workload(recipe.provider, cfg, 256, device), recipe.provider == "baseline"
     update = baseline_update(work, course.batch_size) if plain else fastlm_update(work)
-    for group in (group for optimizer in update.optimizers for group in optimizer.param_groups):
+    for group in (group for optimizer in update.optimizers for group in optimizer.param_groups if plain):
         group["initial_lr"] = group["lr"]
 
     def step(number: int, inputs: Tensor, targets: Tensor) -> Tensor:
-        for optimizer in update.optimizers:
-            set_lr(optimizer, min(1.0, (number + 1) / _WARMUP_UPDATES))
+        for optimizer in update.optimizers if plain else ():  # the trainer sets its own rate
+            set_lr(optimizer, multiplier(cfg.optim, number, math.inf))
         return update.step(inputs, targets)
 
     @torch.no_grad()

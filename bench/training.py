@@ -14,31 +14,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import io
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.baseline import PlainGPT, plain_optimizers, plain_step
+from bench.baseline import PlainGPT, plain_bytes, plain_optimizers, plain_step
 from fastlm.config import Config, ModelConfig, OptimConfig
-from fastlm.data import Batch
-from fastlm.flops import flops_per_token, memory_bytes, parameters, peak_flops
+from fastlm.data import Batch, Dataset
+from fastlm.flops import flops_per_token, parameters, peak_flops
+from fastlm.log import Progress
 from fastlm.optim import build_optimizer
 from fastlm.resolve import resolve, resolve_model
-from fastlm.run import build_model
-from fastlm.train import train_step
+from fastlm.run import Prepared, State, build_model
+from fastlm.train import Trainer
 
 # (layers, heads, width) of the presets; a test holds them against fastlm/presets, which take a YAML parser to read.
 _SHAPES = {"": (12, 12, 768), "-medium": (24, 16, 1024), "-large": (36, 20, 1280), "-xl": (48, 25, 1600)}
 _MODERN = {"modern-124m": "", "modern-350m": "-medium", "modern-774m": "-large", "modern-1.5b": "-xl"}
 PRESETS = ("nanogpt-cpu", *(f"gpt2{size}" for size in _SHAPES), *_MODERN)
 CLASS_124M = ("gpt2", "modern-124m")
+_VOCAB_SIZE = 50304  # GPT-2's, padded to a multiple of 128 as nanoGPT does
 
 # A public plain script reaches 490k tokens/s at 124M on an H200: a baseline far below that is no measure.
 LEAST_BASELINE_TOKENS_PER_SECOND = 470_000
@@ -78,12 +82,14 @@ class Workload:
 
 
 def preset_config(preset: str) -> Config:
-    """What a preset's file says of model, optimizer and batch; rates are fixed, no schedule runs here."""
+    """What a preset's file says of model, optimizer and batch; rates stay as they are, no schedule runs here."""
     cfg = Config(preset=preset)
+    cfg.train.steps = 1000
     if preset == "nanogpt-cpu":
         cfg.model = ModelConfig("gpt2", n_layer=4, n_head=4, n_embd=128, tie_embeddings=True, bias=False)
         cfg.optim = OptimConfig("adamw", lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
         cfg.data.seq_len, cfg.train.batch_size, cfg.train.compile = 64, 12, False
+        cfg.optim.schedule = "constant"
         return cfg
     layers, heads, width = _SHAPES[_MODERN[preset] if preset in _MODERN else preset.removeprefix("gpt2")]
     if preset in _MODERN:
@@ -93,6 +99,7 @@ def preset_config(preset: str) -> Config:
         cfg.model = ModelConfig("gpt2", n_layer=layers, n_head=heads, n_embd=width, tie_embeddings=True)
         cfg.optim = OptimConfig("adamw", lr=3e-4, weight_decay=0.1)
     cfg.data.seq_len, cfg.train.batch_size = 1024, 512
+    cfg.optim.schedule = "constant"
     return cfg
 
 
@@ -106,10 +113,11 @@ def workload(
 ) -> Workload:
     """A preset as `fastlm.train` would run it on `device`: every auto resolved, micro-batches held to what pays."""
     cfg, device = preset_config(preset), torch.device(device)
-    vocab_size = 103 if preset == "nanogpt-cpu" else 50304
+    vocab_size = 103 if preset == "nanogpt-cpu" else _VOCAB_SIZE
     cfg.model.attention = attention  # type: ignore[assignment]
     cfg.train.batch_size = batch_size or cfg.train.batch_size
-    cfg.train.micro_batch_size = micro_batch_size
+    if micro_batch_size is not None:
+        cfg.train.micro_batch_size = micro_batch_size
     resolve_model(cfg)
     with _room_for_a_rival(parameters(cfg.model, vocab_size).total, device):
         cfg, _ = resolve(cfg, device, vocab_size, steps=1000)
@@ -132,13 +140,12 @@ def _divisor(number: int, most: int) -> int:
 
 
 def fits(preset: str, device: torch.device) -> bool:
-    """Whether one sequence of the preset fits the GPU's memory by `fastlm.flops`' estimate; a CPU runs its own."""
+    """Whether the baseline takes one sequence of the preset on this GPU, by estimate; a CPU runs its own preset."""
     if device.type != "cuda":
         return preset == "nanogpt-cpu"
     cfg, (free, _) = preset_config(preset), torch.cuda.mem_get_info(device)
     resolve_model(cfg)
-    needed = memory_bytes(cfg.model, 50304, 1, cfg.data.seq_len, compute_bytes=2, recompute=False)
-    return needed < _MEMORY_SHARE * free
+    return plain_bytes(cfg.model, _VOCAB_SIZE, cfg.data.seq_len) < _MEMORY_SHARE * free
 
 
 def same_function(work: Workload) -> float:
@@ -169,11 +176,13 @@ def fastlm_update(work: Workload) -> Update:
     cfg = work.cfg
     model = build_model(cfg, work.vocab_size, work.device)
     optimizer = build_optimizer(cfg.optim, model)
-    loss_of: nn.Module = torch.compile(model) if cfg.train.compile else model  # type: ignore[assignment]
-    size = cfg.train.micro_batch_size or cfg.train.batch_size
+    tokens: Any = range(work.tokens + 1)  # in place of a stream, whose length alone is asked for
+    data = Dataset(tokens, tokens, None, work.vocab_size, "", "random tokens", is_code=False)
+    trainer = Trainer(Prepared(cfg, data, model, optimizer, State(), Path(), io.StringIO()), Progress(io.StringIO()))
+    trainer.clock = time.monotonic()
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return train_step(loss_of, optimizer, Batch(inputs_BT, targets_BT, 0), micro_batch_size=size)[0]
+        return trainer._update(Batch(inputs_BT, targets_BT, 0)).loss
 
     return Update(step, model, [optimizer])
 
@@ -316,12 +325,9 @@ def _plain_sizes(work: Workload) -> list[int]:
         return [train.batch_size]
     free, _ = torch.cuda.mem_get_info(work.device)
 
-    def fits(size: int) -> bool:
-        needed = memory_bytes(work.cfg.model, work.vocab_size, size, seq_len, compute_bytes=2, recompute=False)
-        return needed < _MEMORY_SHARE * free
-
     sizes = [_divisor(train.batch_size, max(1, tokens // seq_len)) for tokens in _PLAIN_MICRO_TOKENS]
-    return [size for size in dict.fromkeys(sizes) if fits(size)] or [1]
+    needed = {size: plain_bytes(work.cfg.model, work.vocab_size, size * seq_len) for size in sizes}
+    return [size for size in needed if needed[size] < _MEMORY_SHARE * free] or [1]
 
 
 def interleave(contenders: Sequence[Contender], work: Workload, *, rounds: int, updates: int) -> None:

@@ -32,6 +32,7 @@ from bench.conductor import WEIGHTS, Conductor  # noqa: E402
 from bench.record import RESULTS, Record, Row, sources_hash  # noqa: E402
 from fastlm.errors import InputError, run_command  # noqa: E402
 
+_WORKER = ("-m", "bench.full_items")
 _MOST_WORKERS = 12  # side by side while kernels are checked, which is mostly compiling
 _SHORTEST_SECONDS = 5
 
@@ -69,9 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     record = Record(Path(arguments.out), sources_hash(ROOT))
     parts = [part for part in WEIGHTS if part in (arguments.only or WEIGHTS)]
-    command = ["-m", "bench.full_items", "--device", arguments.device]
-    if arguments.commit:
-        command += ["--commit", arguments.commit]
+    command = [*_WORKER, "--device", arguments.device, *(("--commit", arguments.commit) if arguments.commit else ())]
     conductor = Conductor(record, command, seconds=arguments.seconds, parts=parts, workers=_workers(), say=_say)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:

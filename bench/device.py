@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import platform
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +18,7 @@ from fastlm_kernels import _runtime
 
 GPU = torch.cuda.is_available() and not _runtime.INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
+_ENOUGH_SECONDS = 1.0  # of each rate
 _ROOT = Path(__file__).parent.parent
 
 
@@ -33,10 +33,15 @@ class Rates(NamedTuple):
 
 
 def name() -> str:
-    """The GPU's name, or the processor's with the number of cores: "AMD EPYC, 2 cores"."""
+    """The GPU's name, or the processor's with the threads in use: "AMD EPYC, 2 threads"."""
     if GPU:
         return torch.cuda.get_device_name()
-    return f"{_processor(Path('/proc/cpuinfo'))}, {os.cpu_count()} cores"
+    return f"{_processor(Path('/proc/cpuinfo'))}, {torch.get_num_threads()} thread{'s'[: torch.get_num_threads() > 1]}"
+
+
+def is_cpu(name: str) -> bool:
+    """Whether `name` gave this name to a processor."""
+    return re.search(r", \d+ threads?$", name) is not None
 
 
 def _processor(cpuinfo: Path) -> str:
@@ -75,14 +80,14 @@ def provenance() -> dict[str, str]:
 @functools.cache
 def rates() -> Rates:
     """The device's copy bandwidth and matmul rate, measured once a process, before anything else is timed."""
-    time: Callable[[Callable[[], None]], Spread] = device_spread if GPU else host_spread
+    time: Callable[[Callable[[], Any], float], Spread] = device_spread if GPU else host_spread
     # Far beyond any cache, and a matrix product of a second's part.
     copied, side, dtype = (1 << 30, 8192, torch.bfloat16) if GPU else (1 << 28, 1024, torch.float32)
     source = torch.zeros(copied // 4, device=DEVICE)
     target = torch.empty_like(source)
-    copy = time(lambda: target.copy_(source)).best  # type: ignore[func-returns-value]
+    copy = time(lambda: target.copy_(source), _ENOUGH_SECONDS).best
     # Random numbers: a GPU multiplies zeros faster than it would anything else.
     a, b = (torch.randn(side, side, dtype=dtype, device=DEVICE) for _ in range(2))
     product = torch.empty_like(a)
-    matmul = time(lambda: torch.mm(a, b, out=product)).best  # type: ignore[func-returns-value]
+    matmul = time(lambda: torch.mm(a, b, out=product), _ENOUGH_SECONDS).best
     return Rates(2 * source.nbytes / copy, 2 * side**3 / matmul)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ from fastlm_kernels.registry import Arguments
 DIRECTIONS = ("forward", "backward", "forward_backward")
 _ROTATE_BYTES = 512 << 20
 _MOST_COPIES = 64
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 25
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 50
 _LEAST_SECONDS = 2e-3  # of one timed stretch: events are good to about a microsecond
+_LEAST_HOST_SECONDS = 3e-4  # short enough to come through between other programs' turns
 _ENOUGH_SECONDS = 0.2  # of all stretches together
 
 Run = Callable[[], Any]
@@ -129,20 +131,31 @@ def captured(runs: Sequence[Run], stream: torch.cuda.Stream | None = None) -> to
     return graph
 
 
-def spread(stretch: Callable[[int], float]) -> Spread:
-    """The spread of `stretch(calls)`, seconds a call of so many, over rounds long and many enough to trust."""
-    stretch(1)
-    once = max(stretch(1), 1e-9)
-    calls = max(1, round(_LEAST_SECONDS / once))
-    rounds = round(_ENOUGH_SECONDS / (calls * once))
-    samples = torch.tensor(
-        [stretch(calls) for _ in range(min(max(rounds, _FEWEST_ROUNDS), _MOST_ROUNDS))], dtype=torch.float64
-    )
-    low, median, high = samples.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-    return Spread(median, low, high, samples.min().item(), len(samples))
+def spreads(
+    stretches: Sequence[Callable[[int], float]], least: float = _LEAST_SECONDS, enough: float = _ENOUGH_SECONDS
+) -> list[Spread]:
+    """The spread of each `stretch(calls)`, seconds a call of so many, over rounds long and many enough to trust.
+
+    They take turns, so that what else goes on hits all alike. A stretch lasts `least` seconds or a call, the rounds of
+    each together `enough`, if `_MOST_ROUNDS` last so long.
+    """
+    calls, longest = [], least
+    for stretch in stretches:
+        stretch(1)
+        once = max(stretch(1), 1e-9)
+        calls.append(max(1, round(least / once)))
+        longest = max(longest, once)
+    rounds = min(max(round(enough / longest), _FEWEST_ROUNDS), _MOST_ROUNDS)
+    taken = [[stretch(count) for stretch, count in zip(stretches, calls, strict=True)] for _ in range(rounds)]
+    samples = torch.tensor(taken, dtype=torch.float64)
+    quantiles = samples.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), 0).T.tolist()
+    return [
+        Spread(median, low, high, best, rounds)
+        for (low, median, high), best in zip(quantiles, samples.amin(0).tolist(), strict=True)
+    ]
 
 
-def device_spread(call: Run) -> Spread:
+def device_spread(call: Run, enough: float = _ENOUGH_SECONDS) -> Spread:
     """Device time of one call, by events around as many calls as fill `_LEAST_SECONDS`."""
 
     def stretch(calls: int) -> float:
@@ -154,19 +167,24 @@ def device_spread(call: Run) -> Spread:
         end.synchronize()
         return start.elapsed_time(end) / 1000 / calls
 
-    return spread(stretch)
+    return spreads([stretch], enough=enough)[0]
 
 
-def host_spread(call: Run) -> Spread:
-    """Host time of one call."""
+def host_spreads(calls: Sequence[Run], enough: float = _ENOUGH_SECONDS) -> list[Spread]:
+    """Host time of each call, in turns: `best` is what to compare where other programs take the processor away."""
 
-    def stretch(calls: int) -> float:
+    def timed(call: Run, count: int) -> float:
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(count):
             call()
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / count
 
-    return spread(stretch)
+    return spreads([partial(timed, call) for call in calls], _LEAST_HOST_SECONDS, enough)
+
+
+def host_spread(call: Run, enough: float = _ENOUGH_SECONDS) -> Spread:
+    """Host time of one call."""
+    return host_spreads([call], enough)[0]
 
 
 def device_seconds(call: Run) -> float:

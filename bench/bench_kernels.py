@@ -147,19 +147,21 @@ def _disagreement(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> 
 
 def _measured(entry: Entry, direction: str, provider: Provider) -> Measured | str:
     """The measurement, or why there is none. Our own failures are raised."""
-    sets = _sets(*entry)
+    sets, random = _sets(*entry), "dropout" in dict(entry.case)
+    judged = provider.name not in ("fastlm", "eager") and not random
     try:
+        expected = _expected(*entry, direction) if judged else ()
         if provider.overwrites:
             sets = [copied(inputs) for inputs in sets]
         with provider.during():
             fn = provider.make(entry.kernel)
-            random = dict(entry.case).get("dropout")
-            if provider.name not in ("fastlm", "eager") and not random:
+            if judged:
                 first = [copied(sets[0])] if provider.overwrites else sets[:1]
-                why = _disagreement(prepared(fn, direction, first)[0](), _expected(*entry, direction))
+                why = _disagreement(prepared(fn, direction, first)[0](), expected)
                 if why is not None:
                     return why
-            return measure(fn, direction, sets)
+            measured = measure(fn, direction, sets)
+        return replace(measured, repeats=None) if random or provider.overwrites else measured
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -130,13 +130,21 @@ class Entry(NamedTuple):
 
 
 def entries(gpu: bool) -> Iterator[Entry]:
-    """All cases for a GPU, or for a CPU, the most important kernels first."""
+    """All cases for a GPU, or for a CPU: one of every kernel in turn, the most important kernels and cases first."""
 
     def rank(index: int) -> int:
         name = TIMED[index].name
         return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
-    for index in sorted(range(len(TIMED)), key=rank):
-        kernel = TIMED[index]
-        for case in kernel.large if gpu else kernel.quick:
-            yield Entry(index, tuple(case.items()))
+    def cases(kernel: Kernel) -> list[Case]:
+        found = kernel.large if gpu else kernel.quick
+        # Attention's are in order; of the others' the large ones are those of training.
+        ordered = kernel.name in _FIRST[:2]
+        return list(found) if ordered else sorted(found, key=lambda case: -kernel.traffic(case, torch.bfloat16, False))
+
+    queues = [
+        [Entry(index, tuple(case.items())) for case in cases(TIMED[index])]
+        for index in sorted(range(len(TIMED)), key=rank)
+    ]
+    for turn in zip_longest(*queues):
+        yield from (entry for entry in turn if entry is not None)

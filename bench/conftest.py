@@ -1,7 +1,7 @@
 """Collects bench_*.py, which the test suite's own pattern leaves out; names the device in the JSON; keeps records.
 
     --bench-records FILE    append each result to FILE, a line of JSON, as soon as it is there; what FILE already holds
-                            of this device, commit and these versions is not measured again
+                            of this device, these sources and versions is not measured again
     --bench-seconds N       stop after the benchmark that N seconds are over in
 
 Together they measure in pieces: the same command, again, goes on. `python -m bench.report` reads such files too.
@@ -19,6 +19,7 @@ import pytest
 
 from bench import device
 from bench.bench_kernels import plan
+from bench.record import sources_hash
 
 
 class Recorder:
@@ -31,7 +32,7 @@ class Recorder:
         self._append({"source": source})
 
     def _known(self) -> set[str]:
-        """The ids measured by this very source, but for the date and the rates."""
+        """The ids measured by this very source, but for the date."""
         found: set[str] = set()
         same = False
         if self.path is not None and self.path.exists():
@@ -70,7 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start the clock. Warnings are no errors here: most would be those of rivals."""
     config.addinivalue_line("filterwarnings", "default")
     config.stash[_STARTED] = time.monotonic()
-    config.stash[_RECORDER] = Recorder(config.getoption("--bench-records"), device.provenance())
+    source = device.provenance() | {"sources": sources_hash(Path(__file__).parent.parent)}
+    config.stash[_RECORDER] = Recorder(config.getoption("--bench-records"), source)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

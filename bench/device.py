@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.record import sources_hash
 from bench.timing import Spread, device_spread, host_spread
 from fastlm_kernels import _runtime
 
@@ -51,7 +52,7 @@ def _processor(cpuinfo: Path) -> str:
 
 
 def _commit(root: Path = _ROOT) -> str:
-    """The short hash of the checked-out commit, "+" behind it if files differ from it; "unknown" outside of git."""
+    """The short hash of the checked-out commit, "+" behind it if files differ from it; outside of git the sources'."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -60,7 +61,7 @@ def _commit(root: Path = _ROOT) -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "bench", "fastlm", "kernels")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"sources-{sources_hash(root)}"
 
 
 @functools.cache

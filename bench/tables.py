@@ -277,8 +277,8 @@ def readme_block(devices: Sequence[Results]) -> str:
     sources = [source for results in devices for source in results.sources]
     about = (
         "Forward + backward against PyTorch eager, AdamW with clipping against torch's fused step: the median\n"
-        "ratio over shapes, above 1 is faster; on a GPU also the best share of its measured copy bandwidth or matmul rate.\n"
-        "On a CPU fastlm runs PyTorch's operators: the ratio is what asking costs at small shapes."
+        "ratio over shapes, above 1 is faster; on a GPU also the best share of its measured copy bandwidth or\n"
+        "matmul rate. On a CPU fastlm runs PyTorch's operators: the ratio is what asking costs at small shapes."
     )
     parts = [about, kernels, f"Measured on: {caption(sources) if sources else NOT_MEASURED}."]
     runs = [results for results in gpus if results.rows]

@@ -10,6 +10,7 @@ eager runs, its waiting included, and says so.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from fastlm_kernels.check import leaves_of, outputs_of
 from fastlm_kernels.registry import Arguments
@@ -28,7 +27,7 @@ DIRECTIONS = ("forward", "backward", "forward_backward")
 _ROTATE_BYTES = 512 << 20
 _MOST_COPIES = 64
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 50
-_LEAST_SECONDS = 2e-3  # of one timed stretch: events are good to about a microsecond
+_LEAST_SECONDS = 5e-3  # of one timed stretch: events, and the first launch behind one, take some microseconds
 _LEAST_HOST_SECONDS = 3e-4  # short enough to come through between other programs' turns
 _ENOUGH_SECONDS = 0.2  # of all stretches together
 
@@ -58,9 +57,9 @@ class Measured:
 
     call        runs once on each set of inputs and waits
     peak_bytes  device memory that one run takes beyond its inputs; None on a CPU
-    launches    kernels, copies and fills that one run launches; None on a CPU and where nothing can count them
+    launches    kernels, copies and fills that one run launches; None on a CPU, and of runs that no graph can hold
     timed_by    "graph" replay, "events" around eager runs, or the "host" clock
-    repeats     whether two runs on the same inputs gave the same bits
+    repeats     whether two runs on the same inputs gave the same bits; None where they could not
     """
 
     call: Run
@@ -68,7 +67,7 @@ class Measured:
     peak_bytes: int | None
     launches: int | None
     timed_by: str
-    repeats: bool
+    repeats: bool | None
 
 
 def prepared(fn: Callable[..., Any], direction: str, sets: Sequence[Inputs]) -> list[Run]:
@@ -124,10 +123,11 @@ def captured(runs: Sequence[Run], stream: torch.cuda.Stream | None = None) -> to
         for _ in range(3):
             runs[0]()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # for `nodes`
     with torch.cuda.graph(graph, stream=stream):
         for run in runs:
             run()
+    graph.instantiate()
     return graph
 
 
@@ -222,12 +222,17 @@ def peak_bytes(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(run: Run) -> int | None:
-    """Kernels, copies and fills that one run puts on the device; None where the profiler sees none of them."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ()) or None
+def nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    """Kernels, copies and fills in a graph that was captured to be kept; None where the driver does not tell.
+
+    Asked of the driver: a profiler would stay subscribed to every launch after it, or crash with graphs when it goes.
+    """
+    if torch.version.hip is not None:
+        return None
+    count = ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    return count.value if code == 0 else None
 
 
 def repeats(run: Run) -> bool:
@@ -256,22 +261,29 @@ def _measure_on_gpu(fn: Callable[..., Any], direction: str, sets: Sequence[Input
     with torch.cuda.stream(stream):
         runs = prepared(fn, direction, sets)
         same = repeats(runs[0])  # compiles what there is to compile
-        peak, count, waiting = peak_bytes(runs[0]), launches(runs[0]), waits(runs[0])
+        peak, waiting = peak_bytes(runs[0]), waits(runs[0])
     torch.cuda.current_stream().wait_stream(stream)
-
-    def eagerly() -> None:
-        with torch.cuda.stream(stream):
-            for run in runs:
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    replay = eagerly if waiting else captured(runs, stream).replay
+    if waiting:
+        replay, count, timed_by = partial(_eagerly, runs, stream), None, "events"
+    else:
+        graph = captured(runs, stream)
+        found = nodes(graph)
+        replay, count, timed_by = graph.replay, found and round(found / len(runs)), "graph"
 
     def call() -> None:
         replay()
         torch.cuda.synchronize()
 
-    return Measured(call, _each(device_spread(replay), len(sets)), peak, count, "events" if waiting else "graph", same)
+    return Measured(call, _each(device_spread(replay), len(sets)), peak, count, timed_by, same)
+
+
+def _eagerly(runs: Sequence[Run], stream: torch.cuda.Stream) -> None:
+    """The runs one after another on `stream`, between what comes before and after on the current one."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _each(whole: Spread, sets: int) -> Spread:

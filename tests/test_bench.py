@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 import fastlm_kernels as fk
-from bench import bench_kernels, device
+from bench import bench_kernels, device, timing
 from bench import providers as rivals
 from bench.bench_kernels import plan
 from bench.cases import TIMED, Entry
 from bench.conftest import Recorder
-from bench.timing import DIRECTIONS, Inputs, Measured, copies, device_seconds, measure, repeats, spread
+from bench.timing import DIRECTIONS, Inputs, Measured, copies, device_seconds, measure, repeats, spreads
 from fastlm_kernels import _runtime
 from fastlm_kernels.registry import case_name, random_tensor
 
@@ -126,6 +127,8 @@ def test_a_gpu_times_every_rival(monkeypatch: pytest.MonkeyPatch) -> None:
     for entry, direction, provider in planned:
         by_case.setdefault((entry.kernel.name, direction, case_name(dict(entry.case))), set()).add(provider.name)
     assert all({"fastlm", "eager", "compile"} <= names for names in by_case.values())
+    first = list(dict.fromkeys(entry.kernel.name for entry, _, _ in planned[: len(planned) // 10]))
+    assert set(first) == {kernel.name for kernel in TIMED}  # in little time something of everything
     backends = {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math"}
     for columns in (64, 128):
         for rows in (1024, 2048, 4096, 8192, 16384):
@@ -193,12 +196,20 @@ def test_the_spread_of_a_call() -> None:
         asked.append(calls)
         return next(seconds)
 
-    found = spread(stretch)
-    assert found.rounds == 25 == len(asked) - 2
-    assert set(asked[2:]) == {100}  # 2 ms of calls that took 20 us each
+    found = spreads([stretch])[0]
+    assert found.rounds == 40 == len(asked) - 2
+    assert set(asked[2:]) == {250}  # 5 ms of calls that took 20 us each
     assert (found.median, found.best) == (pytest.approx(3e-5), 1e-5)
     assert found.best <= found.low < found.median < found.high <= 5e-5
-    assert spread(lambda calls: 3.0) == (3.0, 3.0, 3.0, 3.0, 5)
+    assert spreads([lambda calls: 3.0]) == [(3.0, 3.0, 3.0, 3.0, 5)]
+
+
+def test_calls_that_are_compared_take_turns() -> None:
+    """Each as often as fills a stretch of its own."""
+    order: list[str] = []
+    slow, fast = spreads([lambda n: order.append(f"slow {n}") or 1e-2, lambda n: order.append(f"fast {n}") or 1e-3])
+    assert order[4:] == ["slow 1", "fast 5"] * 20
+    assert (slow.median, fast.median) == (1e-2, 1e-3)
 
 
 def test_the_deterministic_mode_is_left_as_it_was() -> None:
@@ -235,8 +246,8 @@ def test_flash_attention_is_called_by_its_own_conventions(monkeypatch: pytest.Mo
 
 
 def test_the_commit_and_the_processor_are_named(tmp_path: Path) -> None:
-    """Outside of git the commit is unknown; the processor's model is read, never the machine's name."""
-    assert device._commit(tmp_path) == "unknown"
+    """Outside of git the sources stand for the commit; the processor's model is read, never the machine's name."""
+    assert re.fullmatch("sources-[0-9a-f]{12}", device._commit(tmp_path))
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some  CPU @ 2 GHz\nflags: x\n")
     assert device._processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
 
@@ -279,6 +290,107 @@ def test_measured_call_runs_once_a_set(direction: str, expected: list[float]) ->
     assert gradients == ([] if direction == "forward" else [5.0, 6.0, 7.0])
     assert measured.seconds.median > 0
     assert (measured.timed_by, measured.repeats, measured.launches) == ("host", True, None)
+
+
+class FakeCuda:
+    """Stands for torch.cuda. A graph keeps what runs while it is captured; a second passes between two events."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, waiting: bool):
+        self.waiting, self.mode, self.clock = waiting, 0, 0.0
+        self.log: list[str] = []
+        names = ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "Event", "synchronize")
+        names += ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
+        for name in (*names, "get_sync_debug_mode", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.mode == "error" and self.waiting:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.log.append(f"run {x.item():g}")
+        return 2 * x
+
+    def Stream(self) -> Any:
+        return types.SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+
+    current_stream = Stream
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        yield
+
+    def CUDAGraph(self, keep_graph: bool) -> Any:
+        assert keep_graph
+        return types.SimpleNamespace(replay=lambda: self.log.append("replay"), instantiate=lambda: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        self.log.append("capture")
+        yield
+        self.log.append("captured")
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = types.SimpleNamespace(at=0.0, synchronize=lambda: None)
+
+        def record() -> None:
+            self.clock += 1.0
+            event.at = self.clock
+
+        event.record, event.elapsed_time = record, lambda end: 1000 * (end.at - event.at)
+        return event
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def reset_peak_memory_stats(self) -> None:
+        self.log.append("reset")
+
+    def memory_allocated(self) -> int:
+        return 100
+
+    def max_memory_allocated(self) -> int:
+        return 164
+
+    def get_sync_debug_mode(self) -> int:
+        return 0
+
+    def set_sync_debug_mode(self, mode: Any) -> None:
+        self.mode = mode
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_call_on_a_gpu_is_captured_unless_it_waits(waiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set once in the graph, after warm-up; a second between events is a third a set; memory is the extra."""
+    cuda = FakeCuda(monkeypatch, waiting)
+    monkeypatch.setattr(timing, "nodes", lambda graph: 6)
+    sets = [Inputs({"x": torch.tensor(i + 1.0, requires_grad=True)}, (torch.tensor(1.0),)) for i in range(3)]
+    measured = timing._measure_on_gpu(cuda.run, "forward_backward", sets)
+    assert cuda.mode == 0
+    assert measured.seconds.median == pytest.approx(1 / 3)
+    assert (measured.peak_bytes, measured.repeats) == (64, True)
+    assert (measured.timed_by, measured.launches) == (("events", None) if waiting else ("graph", 2))
+    if not waiting:
+        start = cuda.log.index("capture")
+        assert cuda.log[start:][:5] == ["capture", "run 1", "run 2", "run 3", "captured"]
+        assert set(cuda.log[start + 5 :]) == {"replay"}
+    cuda.log.clear()
+    measured.call()
+    ran = ["wait", "run 1", "run 2", "run 3", "wait"] if waiting else ["replay"]
+    assert cuda.log == [*ran, "synchronize"]
+
+
+def test_a_driver_counts_what_a_graph_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the address of the graph it was given; an error is no count."""
+    seen: list[int] = []
+
+    def count_nodes(graph: Any, nodes: None, count: Any) -> int:
+        seen.append(graph.value)
+        count._obj.value = 12
+        return 0 if graph.value == 77 else 1
+
+    driver = types.SimpleNamespace(cuGraphGetNodes=count_nodes)
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda name: driver)
+    found = [timing.nodes(types.SimpleNamespace(raw_cuda_graph=lambda at=at: at)) for at in (77, 78)]  # type: ignore[arg-type]
+    assert (found, seen) == ([12, None], [77, 78])
 
 
 def test_runs_that_differ_do_not_repeat() -> None:

@@ -42,6 +42,7 @@ WEIGHTS = {
 }
 _START_SECONDS = 90  # of a worker's first words: imports, a CUDA context
 _CLOSING_SECONDS = 4  # kept for the end: killing, writing, the table
+_FAREWELL_SECONDS = 5  # for a process to end
 _PATIENCE = 3  # workers in a row that say nothing at all
 
 
@@ -89,7 +90,8 @@ class Worker:
         """End it and all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # who waits for a hung device cannot be ended
+            self.process.wait(_FAREWELL_SECONDS)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
@@ -227,9 +229,7 @@ class Conductor:
         """Take what a worker says; notice that it is gone."""
         messages = worker.messages()
         if messages is None:
-            code = worker.process.wait()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            self._lose(worker, f"the process ended ({how})")
+            self._lose(worker, f"the process ended ({_ending(worker.process)})")
             return
         for message in messages:
             if worker in self.workers:
@@ -274,3 +274,11 @@ class Conductor:
         self.workers.remove(worker)
         if not self.plan and self.mute < _PATIENCE:
             self._open(1)
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(_FAREWELL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "it closed its output and hangs"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -21,7 +21,7 @@ from bench.kernel_items import Task
 from fastlm.errors import InputError
 
 _GRACE_SECONDS = 30  # beyond an item's time, should nobody be left to end this process
-_FATAL = ("CUDA error", "device-side assert", "CUDNN_STATUS_INTERNAL", "CUBLAS_STATUS_INTERNAL")
+_FATAL = ("CUDA error", "Triton Error [CUDA]", "device-side assert", "CUDNN_STATUS_INTERNAL", "CUBLAS_STATUS_INTERNAL")
 
 
 def tasks() -> dict[str, list[Task]]:
@@ -76,7 +76,8 @@ def _do(task: Task, seconds: float, answers: IO[str]) -> None:
 def _tidy() -> None:
     """Leave the next item what this one had: memory, and a compiler that has seen no shape."""
     kernel_items.forget()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
     if device.GPU:
         torch.cuda.synchronize()

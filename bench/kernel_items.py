@@ -28,10 +28,12 @@ from fastlm_kernels.optim.steps import bytes_per_parameter
 from fastlm_kernels.registry import KERNELS, Case, Kernel, case_name
 
 _ROOT = Path(__file__).parent.parent
-_CHECKED = (torch.bfloat16, torch.float32, torch.float16) if GPU else (torch.float32,)
 _BANDWIDTH_TARGET = 0.9  # of the measured copy rate
 _UNFUSED_TIME, _UNFUSED_MEMORY = 1.05, 1 / 8  # of the unfused pair: what linear cross-entropy may take
 _FLASH_SHARE = 0.85  # of FlashAttention-2's unordered backward that the deterministic one must reach
+# Rows, columns and classes of the heads of 124M and of 7B models.
+_HEADS = ((65536, 768, 50304), (8192, 4096, 128256))
+_LENGTHS = (1024, 4096, 16384, 2048, 8192)  # of attention, in the order of what they tell
 # What a full run has no time for; the benches under pytest have it.
 _LEFT_OUT = {"attention": ("compile", "sdpa-efficient-deterministic")}
 
@@ -48,17 +50,13 @@ class Task(NamedTuple):
 def tasks() -> dict[str, list[Task]]:
     """The parts that are about kernels."""
     return {
-        "check": [*_check_tasks(), *(_gpu_test_tasks() if GPU else ())],
+        "check": _check_tasks(),
         "attention": _timing_tasks("scaled_dot_product_attention", ("forward", "backward"), _plain_attention),
         "cross_entropy": [
-            *_timing_tasks("linear_cross_entropy", ("forward_backward",), _training_head),
-            *_timing_tasks("cross_entropy", ("forward", "backward"), _many_rows),
+            *(task for head in (_HEADS if GPU else _HEADS[:1]) for task in _head_tasks(*head)),
+            *_timing_tasks("cross_entropy", ("forward", "forward_backward"), _many_rows),
         ],
-        "norms": [
-            task
-            for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
-            for task in _timing_tasks(name, ("forward", "backward"), _training_rows)
-        ],
+        "norms": _norm_tasks(),
         "adamw": [
             Task(f"adamw.{'clipped' if clip else 'step'} {model}", 5 if GPU else 1, 60, partial(_adamw, model, clip))
             for clip in bench_optim.CLIPS
@@ -74,12 +72,32 @@ def forget() -> None:
             cached.cache_clear()
 
 
-def _check_tasks() -> Iterator[Task]:
-    for dtype in _CHECKED:
+def _check_tasks() -> list[Task]:
+    """The accuracy rule in every dtype, what training uses first; the suite's own tests of a GPU before fp16."""
+    found: list[Task] = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16) if GPU else (torch.float32,):
+        if dtype == torch.float16:
+            found += _gpu_test_tasks()
         for kernel in KERNELS:
             for case in kernel.small if GPU else kernel.small[1:2]:
                 name = f"check.{kernel.name} {_short(dtype)} {case_name(case)}"
-                yield Task(name, 2 if GPU else 0, 90, partial(_checked, kernel, case, dtype))
+                found.append(Task(name, 2 if GPU else 0, 90, partial(_checked, kernel, case, dtype)))
+    return found
+
+
+def _norm_tasks() -> list[Task]:
+    """Widths apart first, so that a short run has seen all four norms."""
+    widths = (768, 4096, 8192, 1024, 2048) if GPU else (None,)
+
+    def wanted(case: Case, width: int | None) -> bool:
+        return case["rows"] == 65536 and case["columns"] == width
+
+    return [
+        task
+        for width in widths
+        for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+        for task in _timing_tasks(name, ("forward", "backward"), partial(wanted, width=width))
+    ]
 
 
 def _checked(kernel: Kernel, case: Case, dtype: torch.dtype, seconds: float) -> Iterator[Row | str]:
@@ -133,27 +151,32 @@ def _count(report: str, word: str) -> int:
 
 
 def _plain_attention(case: Case) -> bool:
-    return case.get("causal", True) and set(case) <= {"rows", "columns", "batch", "heads", "kv_heads", "causal"}
+    return case.get("causal") is True and set(case) == {"rows", "columns", "batch", "heads", "kv_heads", "causal"}
 
 
-def _training_head(case: Case) -> bool:
-    return (case["rows"], case["columns"]) in ((65536, 768), (8192, 4096))
+def _head(case: Case, rows: int, columns: int, classes: int) -> bool:
+    return (case["rows"], case["columns"], case["classes"]) == (rows, columns, classes)
+
+
+def _head_tasks(*sizes: int) -> list[Task]:
+    rows, columns, classes = sizes
+    wanted = partial(_head, rows=rows, columns=columns, classes=classes)
+    return _timing_tasks("linear_cross_entropy", ("forward_backward",), wanted)
 
 
 def _many_rows(case: Case) -> bool:
     return case["rows"] >= 8192 and case["columns"] >= 50304
 
 
-def _training_rows(case: Case) -> bool:
-    return case["rows"] == 65536 and case["columns"] >= 768
-
-
 def _timing_tasks(name: str, directions: tuple[str, ...], wanted: Callable[[Case], bool]) -> list[Task]:
     """One task a case and direction: the wanted cases on a GPU, the smallest of the quick ones on a CPU."""
     index = next(i for i, kernel in enumerate(TIMED) if kernel.name == name)
     kernel = TIMED[index]
-    # On a GPU attention's `large` has features too, and decoding: those have benches of their own.
-    cases = [case for case in kernel.large if wanted(case) and "keys" not in case] if GPU else kernel.quick[:1]
+    cases = [case for case in kernel.large if wanted(case)] if GPU else kernel.quick[:1]
+    if name == "scaled_dot_product_attention":
+        cases = sorted(
+            cases, key=lambda case: _LENGTHS.index(case["rows"]) if case["rows"] in _LENGTHS else len(_LENGTHS)
+        )
     public = "attention" if name == "scaled_dot_product_attention" else name
     return [
         Task(
@@ -186,7 +209,7 @@ def _timed(public: str, entry: Entry, direction: str, seconds: float) -> Iterato
         yield row
         del measured
     yield from _judged(public, entry, direction, found)
-    if public in ("cross_entropy", "linear_cross_entropy") and direction != "forward":
+    if direction == "forward_backward":
         yield from _memory_rows(public, entry, memory)
 
 

@@ -61,7 +61,7 @@ class Race:
 
 
 SMALL = Race(2, 2, 64, 64, 12, 300_000, 40, 20, target=3.0)
-LARGE = Race(8, 8, 512, 512, 64, 12_000_000, 64, 25, target=1.1)
+LARGE = Race(8, 8, 512, 512, 64, 12_000_000, 64, 25, target=1.4)
 
 
 @dataclass(frozen=True)

@@ -17,24 +17,26 @@ import gc
 import io
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from bench.baseline import PlainGPT, plain_bytes, plain_optimizers, plain_step
+from fastlm import checkpoint, run
 from fastlm.config import Config, ModelConfig, OptimConfig
 from fastlm.data import Batch, Dataset
 from fastlm.flops import flops_per_token, parameters, peak_flops
 from fastlm.log import Progress
-from fastlm.optim import build_optimizer
 from fastlm.resolve import resolve, resolve_model
-from fastlm.run import Prepared, State, build_model
+from fastlm.run import build_model
 from fastlm.train import Trainer
 
 # (layers, heads, width) of the presets; a test holds them against fastlm/presets, which take a YAML parser to read.
@@ -172,19 +174,25 @@ class Update(NamedTuple):
 
 
 def fastlm_update(work: Workload) -> Update:
-    """The trainer's own update: the one place that knows how `fastlm.train` is driven."""
-    cfg = work.cfg
-    model = build_model(cfg, work.vocab_size, work.device)
-    optimizer = build_optimizer(cfg.optim, model)
-    tokens: Any = range(work.tokens + 1)  # in place of a stream, whose length alone is asked for
+    """The trainer's own update, set up as for a run: the one place that knows how `fastlm.train` is driven.
+
+    A corpus, whose length alone is asked for, and room on the disk for checkpoints are not needed.
+    """
+    cfg, tokens = deepcopy(work.cfg), cast(Any, range(work.tokens + 1))
     data = Dataset(tokens, tokens, None, work.vocab_size, "", "random tokens", is_code=False)
-    trainer = Trainer(Prepared(cfg, data, model, optimizer, State(), Path(), io.StringIO()), Progress(io.StringIO()))
+    corpus = mock.patch.object(run, "open_dataset", return_value=data)
+    with tempfile.TemporaryDirectory() as folder, corpus, mock.patch.object(checkpoint, "check_free_space"):
+        cfg.out, cfg.resume = str(Path(folder) / "run"), "never"
+        prepared = run.prepare(cfg, lambda _: None)
+        assert prepared is not None
+        prepared.lock.close()
+    trainer = Trainer(prepared, Progress(io.StringIO()))
     trainer.clock = time.monotonic()
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return trainer._update(Batch(inputs_BT, targets_BT, 0)).loss
 
-    return Update(step, model, [optimizer])
+    return Update(step, prepared.model, [prepared.optimizer])
 
 
 def baseline_update(work: Workload, micro_batch_size: int) -> Update:
@@ -245,16 +253,14 @@ _WARM_UPDATES = 3  # a compiled step's first ones compile, warm up and capture
 
 @functools.cache
 def _load_lazily_loaded(device: torch.device) -> None:
-    """Both contenders once at toy size, and the compiler where it is used: who starts first pays for no import."""
-    work = workload("gpt2", device, batch_size=1)
-    cfg = deepcopy(work.cfg)
-    model = ModelConfig("gpt2", n_layer=1, n_head=1, n_embd=16, n_kv_head=1, max_seq_len=16, tie_embeddings=True)
-    model.logit_softcap, model.kernels, model.attention = 0.0, cfg.model.kernels, cfg.model.attention
-    cfg.model, cfg.data.seq_len, compiles, cfg.train.compile = model, 16, cfg.train.compile, False
-    toy = Workload(work.preset, cfg, 128, device)
-    for update in (baseline_update(toy, 1), fastlm_update(toy)):
-        update.step(*toy.batch())
-    if compiles:
+    """A toy update of plain PyTorch, and the compiler on a GPU: who starts first shall not pay for their imports."""
+    cfg = Config(model=ModelConfig("gpt2", n_layer=1, n_head=1, n_embd=16))
+    cfg.data.seq_len, cfg.train.batch_size, cfg.train.compile = 16, 1, False
+    cfg.optim = OptimConfig("adamw")
+    resolve_model(cfg)
+    toy = Workload("toy", cfg, 128, device)
+    baseline_update(toy, 1).step(*toy.batch())
+    if device.type == "cuda":
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     wait(device)
 

@@ -168,7 +168,7 @@ def _memory(seconds: float) -> Iterator[Row | str]:
 
 def _race_task(course: learning.Race) -> Task:
     size = f"L{course.layers}-D{course.width}-T{course.seq_len}"
-    return Task(f"time_to_loss {size}", 20 if GPU else 4, None, partial(_raced, course, size))
+    return Task(f"time_to_loss {size}", 80 if GPU else 4, None, partial(_raced, course, size))
 
 
 def _raced(course: learning.Race, size: str, seconds: float) -> Iterator[Row | str]:

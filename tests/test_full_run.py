@@ -186,22 +186,29 @@ def test_the_hash_of_sources_follows_them(tmp_path: Path) -> None:
     assert record.sources_hash(tmp_path) != first
 
 
-def test_a_kill_while_writing_leaves_the_last_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Both files are written; the kill comes in the middle of the first or of the second."""
     kept = Record(tmp_path, "s")
     kept.introduce(dict.fromkeys(ABOUT, "x"))
     kept.add([Row("a.b", "", "", "fastlm", 1.0, "s", True)])
-    before = results(tmp_path)
+    written: list[Path] = []
 
     def torn(self: Path, text: str) -> int:
+        written.append(self)
         with self.open("w") as file:
+            if len(written) < nth:
+                return file.write(text)
             file.write(text[: len(text) // 2])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_text", torn)
     with pytest.raises(KeyboardInterrupt):
         kept.add([Row("c.d", "", "", "fastlm", 1.0, "s", True)])
-    assert results(tmp_path) == before
-    assert set(Record(tmp_path, "s").rows) == {("a.b", "", "", "fastlm")}
+    monkeypatch.undo()
+    found = Record(tmp_path, "s")
+    assert [row.name for row in found.rows.values()] == ["a.b", "c.d"][:nth]
+    assert len(results(tmp_path)["rows"]) == nth
 
 
 def test_sigterm_ends_the_workers_and_prints_the_table(

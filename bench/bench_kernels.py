@@ -11,6 +11,7 @@ binaries use, compiled ahead of time. `conftest` has options to stop in time and
     ratio              PyTorch eager's time over this one's, above 1 is faster; None where eager could not run.
                        On a CPU of the fastest of runs that take turns
     seconds, low_seconds, high_seconds, rounds      the median of one run, 10 and 90 % quantiles: device time on a GPU
+    host_seconds       that one eager call keeps the host
     timed_by           "graph", "events" or "host"
     bytes_per_second, bandwidth_share      of what must move, and its share of the copy rate just measured here
     flops_per_second, matmul_share         of what must be computed, and its share of the matmul rate measured here
@@ -122,12 +123,16 @@ def _beside_eager(entry: Entry, direction: str, measured: Measured) -> tuple[Mea
         return measured, eager and eager / measured.seconds.median
     runs = prepared(entry.kernel.reference, direction, _sets(*entry))
     eager_time, time = host_spreads([lambda: [run() for run in runs], measured.call])
-    return replace(measured, seconds=time), eager_time.best / time.best
+    return replace(measured, seconds=time, host_seconds=time.median), eager_time.best / time.best
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(index: int, frozen: FrozenCase, direction: str) -> tuple[Tensor, ...]:
-    return prepared(TIMED[index].reference, direction, _sets(index, frozen)[:1])[0]()
+def _expected(index: int, frozen: FrozenCase, direction: str) -> tuple[Tensor, ...] | None:
+    """PyTorch eager's results; None where its memory does not do."""
+    try:
+        return prepared(TIMED[index].reference, direction, _sets(index, frozen)[:1])[0]()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _disagreement(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str | None:
@@ -149,13 +154,13 @@ def _measured(entry: Entry, direction: str, provider: Provider) -> Measured | st
     """The measurement, or why there is none. Our own failures are raised."""
     sets, random = _sets(*entry), "dropout" in dict(entry.case)
     judged = provider.name not in ("fastlm", "eager") and not random
+    expected = _expected(*entry, direction) if judged else None
     try:
-        expected = _expected(*entry, direction) if judged else ()
         if provider.overwrites:
             sets = [copied(inputs) for inputs in sets]
         with provider.during():
             fn = provider.make(entry.kernel)
-            if judged:
+            if expected is not None:
                 first = [copied(sets[0])] if provider.overwrites else sets[:1]
                 why = _disagreement(prepared(fn, direction, first)[0](), expected)
                 if why is not None:
@@ -198,6 +203,7 @@ def _figures(entry: Entry, direction: str, measured: Measured, ratio: float | No
         "low_seconds": measured.seconds.low,
         "high_seconds": measured.seconds.high,
         "rounds": measured.seconds.rounds,
+        "host_seconds": measured.host_seconds,
         "timed_by": measured.timed_by,
         "repeats": measured.repeats,
         "bytes": moved,

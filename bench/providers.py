@@ -94,6 +94,12 @@ def _forced(backend: SDPBackend, kernel: Kernel) -> Function:
     return fn
 
 
+def _torchs_varlen(kernel: Kernel) -> Function:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
 def _unordered(kernel: Kernel) -> Function:
     return partial(kernel.fused, deterministic=False)
 
@@ -127,6 +133,8 @@ def _attention_providers(kernel: Kernel, case: Case, direction: str, gpu: bool) 
     differentiates = direction != "forward"
     if gpu and differentiates:
         yield Provider("fastlm-unordered", _unordered)
+    if gpu and kernel.name == "varlen_attn":
+        yield Provider("torch-varlen", _torchs_varlen)
     if kernel.name == "scaled_dot_product_attention" and not (case.get("softcap") or case.get("lse")):
         for name, backend in SDPA.items():
             if gpu or (name in _SDPA_ON_CPU and not _MASKS & set(case)):

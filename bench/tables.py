@@ -19,6 +19,7 @@ _ATTENTION_RIVALS = (
     "fastlm-unordered",
     "eager",
     "compile",
+    "torch-varlen",
     *(
         name + suffix
         for name in SDPA
@@ -97,7 +98,7 @@ def _rows(found: list[Info], rivals: Sequence[str]) -> Iterable[list[str]]:
         ours = by.get("fastlm")
         row = [f"{shape} {dtype}", cell(ours)]
         if ours is None or ours["seconds"] is None:
-            row += [NOT_MEASURED] * 7
+            row += [NOT_MEASURED] * 8
         else:
             others = [i["seconds"] for name, i in by.items() if not name.startswith("fastlm") and i["seconds"]]
             best = min(others) / ours["seconds"] if others else None
@@ -105,7 +106,7 @@ def _rows(found: list[Info], rivals: Sequence[str]) -> Iterable[list[str]]:
             row += [NOT_MEASURED if low is None or high is None else f"{duration(low)} - {duration(high)}"]
             row += [times(ours.get("ratio")), times(best)]
             row += [share(ours.get("bandwidth_share")), share(ours.get("matmul_share")), _memory(ours)]
-            row += [str(ours.get("launches", NOT_MEASURED))]
+            row += [str(ours.get("launches", NOT_MEASURED)), _optional(ours.get("host_seconds"), duration)]
         yield row + [cell(by.get(rival)) for rival in rivals]
 
 
@@ -118,7 +119,7 @@ def kernel_section(results: Results, kernel: str) -> str:
     rivals = rivals_of(kernel)
     baseline = baseline_of(kernel).removeprefix("PyTorch ").removeprefix("torch's ")
     header = ["shape", "fastlm", "10 - 90 %", f"against {baseline}", "against the best rival"]
-    header += ["of copy", "of matmul", "memory", "launches", *rivals]
+    header += ["of copy", "of matmul", "memory", "launches", "host", *rivals]
     for name in sorted({split(info)[1] for info in found}, key=_ORDER.index):
         of_it = [info for info in found if split(info)[1] == name]
         sources = {id(info["source"]): info["source"] for info in of_it}
@@ -236,8 +237,9 @@ def _legend(results: Results) -> str:
     matmul = rate(results.rate("flops_per_second", "matmul_share"), "FLOP/s")
     text = f"""\
 Times are medians, beside their 10 and 90 % quantiles; a ratio above 1 says that ours is faster. A star: two runs on the
-same inputs gave different bits. Every kernel was checked right before it was timed. Shares refer to what the device was
-measured to do in the same session: a large copy, {copy}, and a large matrix product, {matmul}.
+same inputs gave different bits. "Host" is the time that an eager call keeps the host. Every kernel was checked right
+before it was timed. Shares refer to what the device was measured to do in the same session: a large copy, {copy},
+and a large matrix product, {matmul}.
 """
     if not results.on_gpu:
         text += """

@@ -11,6 +11,7 @@ eager runs, its waiting included, and says so.
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _MOST_COPIES = 64
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 50
 _LEAST_SECONDS = 5e-3  # of one timed stretch: events, and the first launch behind one, take some microseconds
 _LEAST_HOST_SECONDS = 3e-4  # short enough to come through between other programs' turns
+_ISSUES = 20
 _ENOUGH_SECONDS = 0.2  # of all stretches together
 
 Run = Callable[[], Any]
@@ -56,6 +58,7 @@ class Measured:
     """What was measured of one call.
 
     call        runs once on each set of inputs and waits
+    host_seconds        that an eager call keeps the host, the device's work not awaited; on a CPU all of it
     peak_bytes  device memory that one run takes beyond its inputs; None on a CPU
     launches    kernels, copies and fills that one run launches; None on a CPU, and of runs that no graph can hold
     timed_by    "graph" replay, "events" around eager runs, or the "host" clock
@@ -64,6 +67,7 @@ class Measured:
 
     call: Run
     seconds: Spread
+    host_seconds: float
     peak_bytes: int | None
     launches: int | None
     timed_by: str
@@ -212,6 +216,17 @@ def waits(run: Run) -> bool:
     return False
 
 
+def issue_seconds(run: Run) -> float:
+    """The median of the host's time for one run, begun with an idle device whose work is not awaited."""
+    samples = []
+    for _ in range(_ISSUES):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
 def peak_bytes(run: Run) -> int:
     """Device memory that one run takes beyond what lies there before it."""
     torch.cuda.synchronize()
@@ -252,7 +267,8 @@ def measure(fn: Callable[..., Any], direction: str, sets: Sequence[Inputs]) -> M
         for run in runs:
             run()
 
-    return Measured(each, _each(host_spread(each), len(sets)), None, None, "host", repeats(runs[0]))
+    seconds = _each(host_spread(each), len(sets))
+    return Measured(each, seconds, seconds.median, None, None, "host", repeats(runs[0]))
 
 
 def _measure_on_gpu(fn: Callable[..., Any], direction: str, sets: Sequence[Inputs]) -> Measured:
@@ -261,7 +277,7 @@ def _measure_on_gpu(fn: Callable[..., Any], direction: str, sets: Sequence[Input
     with torch.cuda.stream(stream):
         runs = prepared(fn, direction, sets)
         same = repeats(runs[0])  # compiles what there is to compile
-        peak, waiting = peak_bytes(runs[0]), waits(runs[0])
+        peak, host, waiting = peak_bytes(runs[0]), issue_seconds(runs[0]), waits(runs[0])
     torch.cuda.current_stream().wait_stream(stream)
     if waiting:
         replay, count, timed_by = partial(_eagerly, runs, stream), None, "events"
@@ -274,7 +290,7 @@ def _measure_on_gpu(fn: Callable[..., Any], direction: str, sets: Sequence[Input
         replay()
         torch.cuda.synchronize()
 
-    return Measured(call, _each(device_spread(replay), len(sets)), peak, count, timed_by, same)
+    return Measured(call, _each(device_spread(replay), len(sets)), host, peak, count, timed_by, same)
 
 
 def _eagerly(runs: Sequence[Run], stream: torch.cuda.Stream) -> None:

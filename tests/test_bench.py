@@ -367,6 +367,7 @@ def test_a_call_on_a_gpu_is_captured_unless_it_waits(waiting: bool, monkeypatch:
     assert cuda.mode == 0
     assert measured.seconds.median == pytest.approx(1 / 3)
     assert (measured.peak_bytes, measured.repeats) == (64, True)
+    assert 0 < measured.host_seconds < 0.1  # seconds of these events are no host's
     assert (measured.timed_by, measured.launches) == (("events", None) if waiting else ("graph", 2))
     if not waiting:
         start = cuda.log.index("capture")

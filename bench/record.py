@@ -128,8 +128,12 @@ class Record:
         self.add([_failure(item, reason)])
 
     def missing(self, items: Iterable[str]) -> list[str]:
-        """Those not done, in their order, but what was tried before comes last."""
-        return sorted((item for item in items if item not in self.done), key=lambda item: self.attempts.get(item, 0))
+        """Those not done, in their order, but for what has failed or was begun twice, which comes last."""
+
+        def late(item: str) -> bool:
+            return item in self.failed or self.attempts.get(item, 0) > 1
+
+        return sorted((item for item in items if item not in self.done), key=late)
 
     def write(self) -> None:
         """Replace both files."""

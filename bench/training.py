@@ -176,16 +176,18 @@ class Update(NamedTuple):
 def fastlm_update(work: Workload) -> Update:
     """The trainer's own update, set up as for a run: the one place that knows how `fastlm.train` is driven.
 
-    A corpus, whose length alone is asked for, and room on the disk for checkpoints are not needed.
+    Left out are the corpus, whose length alone is asked for, and the run directory: nothing is written.
     """
     cfg, tokens = deepcopy(work.cfg), cast(Any, range(work.tokens + 1))
     data = Dataset(tokens, tokens, None, work.vocab_size, "", "random tokens", is_code=False)
-    corpus = mock.patch.object(run, "open_dataset", return_value=data)
-    with tempfile.TemporaryDirectory() as folder, corpus, mock.patch.object(checkpoint, "check_free_space"):
-        cfg.out, cfg.resume = str(Path(folder) / "run"), "never"
+    cfg.out, cfg.resume = str(Path(tempfile.gettempdir()) / "fastlm-bench-writes-nothing"), "never"
+    with (
+        mock.patch.object(run, "open_dataset", return_value=data),
+        mock.patch.object(run, "open_directory", return_value=io.StringIO()),
+        mock.patch.object(checkpoint, "check_free_space"),
+    ):
         prepared = run.prepare(cfg, lambda _: None)
-        assert prepared is not None
-        prepared.lock.close()
+    assert prepared is not None
     trainer = Trainer(prepared, Progress(io.StringIO()))
     trainer.clock = time.monotonic()
 

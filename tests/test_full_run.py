@@ -134,7 +134,7 @@ def test_checks_run_side_by_side_and_each_once(tmp_path: Path) -> None:
 
 
 def test_time_is_shared_and_never_overrun(tmp_path: Path) -> None:
-    """A part that takes too long leaves later ones their share; the next call begins with what was never tried."""
+    """A part that takes too long leaves later ones their share; what was stopped keeps its place, once."""
     parts = {"check": [f"a.slow {i}" for i in range(9)], "attention": ["b.ok"], "train_124m": ["c.hang"]}
     begin = time.monotonic()
     kept, missing = conduct(tmp_path, parts, seconds=2.0)
@@ -143,8 +143,10 @@ def test_time_is_shared_and_never_overrun(tmp_path: Path) -> None:
     assert 0 < sum(item.startswith("a.") for item in kept.done) < 9
     assert "c.hang" in missing
     assert kept.attempts["c.hang"] == 1
-    untried = [item for item in kept.missing(parts["check"]) if item not in kept.attempts]
-    assert kept.missing(parts["check"])[: len(untried)] == untried
+    assert kept.missing(parts["check"]) == [item for item in parts["check"] if item not in kept.done]
+    kept.begin("c.hang")
+    kept.fail("c.raise", "no")
+    assert kept.missing(["c.raise", "c.hang", "c.ok"]) == ["c.ok", "c.raise", "c.hang"]
 
 
 def test_an_item_without_time_for_it_is_not_begun(tmp_path: Path) -> None:
@@ -270,7 +272,8 @@ def test_the_worker_runs_with_torch_numpy_and_pytest_alone(tmp_path: Path) -> No
     (tmp_path / "sitecustomize.py").write_text(BLOCK.replace("sys.argv[1]", repr(blocked)))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "0"}
-    words = ["--device", "cpu", "--out", str(tmp_path / "out"), "--only", "adamw", "attention", "--commit", "abc"]
+    words = ["--device", "cpu", "--out", str(tmp_path / "out"), "--only", "adamw", "attention", "time_to_loss"]
+    words += ["--commit", "abc"]
     done = subprocess.run(
         [sys.executable, "bench/full_run.py", *words],
         cwd=ROOT,
@@ -284,6 +287,7 @@ def test_the_worker_runs_with_torch_numpy_and_pytest_alone(tmp_path: Path) -> No
     found = results(tmp_path / "out")
     assert found["commit"] == "abc"
     ours = {row["name"] for row in found["rows"] if row["provider"] == "fastlm" and row["value"] and row["ratio"]}
-    assert ours == {"attention.forward", "attention.backward", "adamw.step", "adamw.clipped"}
+    raced = {"time_to_loss.tokens", "time_to_loss.seconds"}
+    assert ours == {"attention.forward", "attention.backward", "adamw.step", "adamw.clipped"} | raced
     assert all(row["checked"] for row in found["rows"])
     assert "adamw.step small" in done.stdout

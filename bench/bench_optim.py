@@ -21,7 +21,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 from bench import device
 from bench.device import DEVICE, GPU
-from bench.timing import captured, device_seconds, host_seconds, host_spreads
+from bench.timing import captured, device_seconds, host_seconds, host_spreads, replay_of
 from fastlm_kernels import _runtime
 from fastlm_kernels.optim.steps import bytes_per_parameter
 
@@ -76,20 +76,21 @@ def _measure(provider: str, model: str, clip: float | None) -> tuple[Callable[[]
     host = host_seconds(step)
     if not GPU:
         return step, host, host, elements
-    graph = captured([step])
-    return graph.replay, device_seconds(graph.replay), host, elements
+    call = functools.partial(replay_of, captured([step]), params)
+    return call, device_seconds(call), host, elements
 
 
 @functools.cache
-def _fused(model: str, clip: float | None) -> tuple[Callable[[], Any], float]:
-    """A call of torch's fused step and its seconds, for all providers."""
-    return _measure("fused", model, clip)[:2]
+def _fused(model: str, clip: float | None) -> tuple[Callable[[], Any] | None, float]:
+    """A call of torch's fused step, not kept on a GPU with all it takes, and its seconds: for all providers."""
+    call, taken, _, _ = _measure("fused", model, clip)
+    return (None if GPU else call), taken
 
 
 def _beside_fused(call: Callable[[], Any], taken: float, model: str, clip: float | None) -> tuple[float, float]:
     """(seconds a step, the fused step's time over it); on a CPU in turns, and the fastest of each compared."""
     fused, fused_taken = _fused(model, clip)
-    if GPU:
+    if fused is None:
         return taken, fused_taken / taken
     fused_time, time = host_spreads([fused, call])
     return time.median, fused_time.best / time.best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -377,6 +379,26 @@ def test_a_call_on_a_gpu_is_captured_unless_it_waits(waiting: bool, monkeypatch:
     measured.call()
     ran = ["wait", "run 1", "run 2", "run 3", "wait"] if waiting else ["replay"]
     assert cuda.log == [*ran, "synchronize"]
+
+
+def test_what_a_graph_reads_outlives_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forward saved for a captured backward stays as long as the call that replays it, no longer."""
+    cuda, kept = FakeCuda(monkeypatch, waiting=False), []
+    monkeypatch.setattr(timing, "nodes", lambda graph: None)
+
+    def fn(x: Tensor) -> Tensor:
+        y = cuda.run(x)
+        kept.append(weakref.ref(y))
+        return y
+
+    sets = [Inputs({"x": torch.tensor(1.0, requires_grad=True)}, (torch.tensor(1.0),)) for _ in range(2)]
+    measured = timing._measure_on_gpu(fn, "backward", sets)
+    gc.collect()
+    assert [ref() is not None for ref in kept] == [True, True]
+    assert measured.launches is None
+    del measured
+    gc.collect()
+    assert [ref() is not None for ref in kept] == [False, False]
 
 
 def test_a_driver_counts_what_a_graph_launches(monkeypatch: pytest.MonkeyPatch) -> None:

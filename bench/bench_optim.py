@@ -76,7 +76,7 @@ def _measure(provider: str, model: str, clip: float | None) -> tuple[Callable[[]
     host = host_seconds(step)
     if not GPU:
         return step, host, host, elements
-    call = functools.partial(replay_of, captured([step]), params)
+    call = functools.partial(replay_of, captured([step]), step)  # which holds parameters and state
     return call, device_seconds(call), host, elements
 
 

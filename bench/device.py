@@ -19,7 +19,7 @@ from fastlm_kernels import _runtime
 
 GPU = torch.cuda.is_available() and not _runtime.INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-_ENOUGH_SECONDS = 1.0  # of each rate
+_ENOUGH_SECONDS = 0.5  # of each rate
 _ROOT = Path(__file__).parent.parent
 
 

@@ -294,7 +294,7 @@ def _measure_on_gpu(fn: Callable[..., Any], direction: str, sets: Sequence[Input
 
 
 def replay_of(graph: torch.cuda.CUDAGraph, reads: object) -> None:
-    """Replay. A partial of this keeps what the graph reads: once freed, a later capture would take it off the device."""
+    """Replay. A partial of this keeps what the graph reads; once freed, a later capture takes it off the device."""
     graph.replay()
 
 

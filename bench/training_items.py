@@ -103,12 +103,12 @@ def comparison_rows(found: Comparison) -> Iterator[Row]:
         return Row(f"{name}.{what}", shape, dtype, "fastlm", value, unit, higher, rival, checked=True, **more)
 
     yield _speed(work, baseline)
-    speed_ratio = found.ratio if valid else None
-    yield row("tokens_per_second", speeds[0], "tokens/s", True, speeds[1], ratio=speed_ratio, target=target)
+    ratio = found.ratio if valid else None
+    yield row("tokens_per_second", speeds[0], "tokens/s", True, speeds[1], ratio=ratio, target=target)
     for what, causal in (("mfu", False), ("mfu_causal", True)):
         mfu, rival = (work.mfu(speed, causal=causal) for speed in speeds)
         wanted = TARGET_MFU if GPU and not on_124m and not causal else None
-        yield row(what, mfu, "share of the dense bf16 peak", True, rival, ratio=speed_ratio, target=wanted)
+        yield row(what, mfu, "share of the dense bf16 peak", True, rival, target=wanted)
     yield row("peak_memory", ours.peak_bytes, "bytes", False, baseline.peak_bytes)
     if work.cfg.train.compile:
         yield row("compile_seconds", ours.compile_seconds, "s", False, baseline.compile_seconds)

@@ -149,6 +149,7 @@ def test_a_ratio_that_does_not_count_is_nowhere(monkeypatch: pytest.MonkeyPatch)
     ours = rows["train_124m.tokens_per_second", "fastlm"]
     assert (ours.value, ours.baseline, ours.ratio) == (48.0, 32.0, 2.0)
     assert rows["train_124m.peak_memory", "fastlm"].ratio == 1.0
+    assert rows["train_124m.mfu", "fastlm"].ratio is None, "where no peak is known"
     assert found.facts(found.ours)["ratio"] == 2.0
     monkeypatch.setattr(Comparison, "verdict", lambda self: (False, "too slow"))
     assert all(row.ratio is None for row in training_items.comparison_rows(found))

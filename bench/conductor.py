@@ -40,10 +40,10 @@ WEIGHTS = {
     "train_larger": 30,
     "time_to_loss": 25,
 }
-_START_SECONDS = 90  # of a worker's first words: imports, a CUDA context
+_START_SECONDS = 120  # of a worker's first words: imports, a CUDA context
 _CLOSING_SECONDS = 4  # kept for the end: killing, writing, the table
 _FAREWELL_SECONDS = 5  # for a process to end
-_PATIENCE = 3  # workers in a row that say nothing at all
+_PATIENCE = 3  # workers in a row that say nothing at all, before a part makes do with those it has
 
 
 class Item(NamedTuple):
@@ -158,16 +158,17 @@ class Conductor:
         items = {item.name: item for item in self.plan[part]}
         queue = self._missing(part)
         self.say(f"{part}: {len(queue)} of {len(items)} items, {self.deadline - time.monotonic():.0f} s")
+        self.mute = 0
         wanted = min(self.most_workers, len(queue)) if part == "check" else 1
         self._open(wanted - len(self.workers))
-        while time.monotonic() < self.deadline and self.mute < _PATIENCE:
+        while time.monotonic() < self.deadline and (self.mute < _PATIENCE or any(w.ready for w in self.workers)):
             for worker in self.workers:
                 if worker.ready and worker.item is None:
                     self._hand_out(worker, queue, items)
             if not queue and all(worker.item is None for worker in self.workers if worker.ready):
                 break
             self._listen(until=self.deadline)
-            self._open(wanted - len(self.workers) if queue else 0)
+            self._open(wanted - len(self.workers) if queue and self.mute < _PATIENCE else 0)
         self._close_part()
 
     def _hand_out(self, worker: Worker, queue: list[str], items: dict[str, Item]) -> None:

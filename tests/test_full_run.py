@@ -29,6 +29,8 @@ WORKER = """
 import json, os, sys, time
 folder, items, device = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 def say(message): print(json.dumps(message), flush=True)
+if os.path.exists(folder + "/alone"): time.sleep(0.2); sys.exit(7)  # only the first worker starts
+open(folder + "/alone", "w") if "--alone" in sys.argv else None
 about = dict(device=device, torch="2", triton="3", commit="c", date="d", python="3")
 say({"about": about, "items": items})
 for line in sys.stdin:
@@ -131,6 +133,14 @@ def test_checks_run_side_by_side_and_each_once(tmp_path: Path) -> None:
     _, missing = conduct(tmp_path, {"check": items, "norms": ["b.ok"]}, workers=3)
     assert missing == []
     assert sorted(tried(tmp_path)) == sorted([*items, "b.ok"])
+
+
+def test_one_worker_is_enough_where_no_other_starts(tmp_path: Path) -> None:
+    items = [f"a.slow {i}" for i in range(5)]
+    words = [*command(tmp_path, {"check": items, "norms": ["b.ok"]}), "--alone"]
+    made = Conductor(Record(tmp_path, "s"), words, seconds=20, parts=["check", "norms"], workers=3, say=lambda _: None)
+    made.run()
+    assert made.missing() == []
 
 
 def test_time_is_shared_and_never_overrun(tmp_path: Path) -> None:

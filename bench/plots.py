@@ -53,19 +53,18 @@ def roofline(results: Results, path: Path) -> bool:
 
     figure, axes = _figure(8.5, 5.2)
     places = [info["flops"] / info["bytes"] for info in points]
-    low, high = min(*places, matmul / copy) / 4, max(*places, matmul / copy) * 4
+    low, high = min(*places, matmul / copy) / 10, max(*places, matmul / copy) * 4
     ridge = matmul / copy
     axes.plot([low, ridge, high], [copy * low, matmul, matmul], color="#333333", linewidth=1.4)
+    on_line = low * (ridge / low) ** 0.1
     axes.annotate(
         f"copy {rate(copy, 'B/s')}",
-        (low, copy * low),
-        (4, -2),
+        (on_line, copy * on_line),
+        (8, -4),
         textcoords="offset points",
         fontsize=8,
-        va="top",
         ha="left",
         color="#333333",
-        rotation_mode="anchor",
     )
     axes.annotate(
         f"matmul {rate(matmul, 'FLOP/s')}",

@@ -6,11 +6,12 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from bench.results import Info, Results, split
-from bench.tables import ATTENTION, FAMILIES, NOT_MEASURED, caption, rate
+from bench.tables import ATTENTION, DIRECTIONS, FAMILIES, NOT_MEASURED, caption, rate
 
 COLOURS = {
     "fastlm": "#c8553d",
@@ -25,13 +26,14 @@ _MARKS = "osD^v<>PX*ph8d"
 _BARS = ("fastlm", "compile", "liger", "foreach")
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 0, columns: int = 0) -> tuple[Any, Any]:
+    """(figure, its axes), an array of them for rows and columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False) if rows else figure.subplots()
 
 
 def _finish(figure: Any, title: str, infos: Iterable[Info], path: Path) -> None:
@@ -147,44 +149,35 @@ def _whole(info: Info) -> bool:
 
 
 def attention(results: Results, path: Path) -> bool:
-    """TFLOP/s over the length, causal, for each head dimension and direction; False if there is no such series."""
+    """TFLOP/s over the length, causal: a row a head dimension, a column a direction; False if there is no series."""
     series = _series(results)
     if not series:
         return False
-    panels = sorted({panel for panel, _ in series})
-    figure, _ = _figure(5.2 * ((len(panels) + 1) // 2), 7.6)
-    figure.clear()
-    axes_of = dict(zip(panels, figure.subplots(2, (len(panels) + 1) // 2, squeeze=False).T.flat, strict=False))
-    used: list[Info] = []
+    widths = sorted({width for (width, _), _ in series})
+    directions = [name for name in DIRECTIONS if any(panel[1] == name for panel, _ in series)]
+    figure, axes = _figure(4.6 * len(directions), 3.7 * len(widths) + 0.6, len(widths), len(directions))
     providers = sorted({provider for _, provider in series}, key=lambda name: (name not in COLOURS, name))
-    for (panel, provider), points in sorted(series.items()):
-        axes = axes_of[panel]
-        rows = sorted(points)
-        used += points.values()
-        others = [name for name in providers if name not in COLOURS]
-        colour = COLOURS.get(provider) or _OTHERS[others.index(provider) % len(_OTHERS)]
-        axes.plot(
-            rows,
-            [points[row]["flops_per_second"] / 1e12 for row in rows],
-            color=colour,
-            marker="o",
-            markersize=3,
-            linewidth=2.2 if provider.startswith("fastlm") else 1.1,
-            label=provider,
-            linestyle="--" if provider.endswith(("-deterministic", "-unordered")) else "-",
-        )
-        axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set_title(f"head dimension {panel[0]}, {panel[1].replace('_', ' + ')}", fontsize=9)
-        axes.set_ylabel("TFLOP/s")
-        axes.grid(alpha=0.25)
-    unique = {
-        label: handle
-        for axes in axes_of.values()
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(unique.values(), unique.keys(), loc="outside right center", fontsize=7, frameon=False)
-    _finish(figure, "Attention, causal, 16k tokens, over the sequence's length", used, path)
+    colours = COLOURS | dict(zip((name for name in providers if name not in COLOURS), cycle(_OTHERS), strict=False))
+    for (width, direction), provider in sorted(series, key=lambda key: providers.index(key[1])):
+        points = series[(width, direction), provider]
+        at = axes[widths.index(width), directions.index(direction)]
+        lengths = sorted(points)
+        rates = [points[length]["flops_per_second"] / 1e12 for length in lengths]
+        ours, dashed = provider.startswith("fastlm"), provider.endswith(("-deterministic", "-unordered"))
+        style = {"linewidth": 2.4 if ours else 1.1, "linestyle": "--" if dashed else "-", "zorder": 3 if ours else 2}
+        at.plot(lengths, rates, color=colours[provider], marker="o", markersize=3, label=provider, **style)
+        at.set_title(f"head dimension {width}, {DIRECTIONS[direction]}", fontsize=9)
+    found: dict[str, Any] = {}
+    for at in axes.flat:
+        at.set_xscale("log", base=2)
+        at.xaxis.set_major_formatter(lambda length, _: f"{length / 1024:g}k")
+        at.set_ylim(0)  # only now: it fixes the upper end too
+        at.set_ylabel("TFLOP/s")
+        at.grid(alpha=0.25)
+        found |= {label: handle for handle, label in zip(*at.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=8, frameon=False)
+    used = [info for points in series.values() for info in points.values()]
+    _finish(figure, "Attention, causal, 16k tokens, by the length of a sequence", used, path)
     return True
 
 

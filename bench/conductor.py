@@ -1,0 +1,285 @@
+"""Runs the parts of a full run within a budget: hands items to worker processes, takes their rows, outlives them.
+
+A worker (`bench.full_items`) is a process of its own, because a kernel that reads out of bounds ends every CUDA call of
+its process, and one that hangs ends nothing. It is handed one item at a time on its stdin and answers on its stdout, a
+JSON object a line:
+
+    {"about": {...}, "items": {PART: [{"item", "needs", "limit"}, ...]}}      first, once
+    {"rows": [...]}      {"note": "..."}      {"done": true}      {"error": "...", "fatal": true or false}
+
+An item that fails is noted and the next one follows; after a fatal error, a crash, or silence beyond the item's limit
+the worker is replaced. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from bench.record import Record, Row
+
+ROOT = Path(__file__).parent.parent
+# Parts in the order of what matters, and about how many seconds of a whole run each may take.
+WEIGHTS = {
+    "check": 100,
+    "attention": 80,
+    "train_124m": 200,
+    "cross_entropy": 40,
+    "norms": 30,
+    "adamw": 15,
+    "train_larger": 30,
+    "time_to_loss": 25,
+}
+_START_SECONDS = 120  # of a worker's first words: imports, a CUDA context
+_CLOSING_SECONDS = 4  # kept for the end: killing, writing, the table
+_FAREWELL_SECONDS = 5  # for a process to end
+_PATIENCE = 3  # workers in a row that say nothing at all, before a part makes do with those it has
+
+
+class Item(NamedTuple):
+    """A piece of work: worth starting with `needs` seconds left, killed after `limit` (None: at its part's end)."""
+
+    name: str
+    needs: float
+    limit: float | None
+
+
+@dataclass
+class Worker:
+    """A process that does items, and the one that it is at; `until` is when it will be killed."""
+
+    process: subprocess.Popen[bytes]
+    until: float
+    item: str | None = None
+    ready: bool = False
+    buffer: bytes = b""
+    answered: bool = field(default=False)
+
+    @property
+    def out(self) -> IO[bytes]:
+        """What it answers on."""
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def send(self, item: str, seconds: float) -> None:
+        """Hand an item over; a worker that is gone is noticed when its answers end."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps({"item": item, "seconds": seconds}).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def messages(self) -> Iterator[dict[str, Any]] | None:
+        """Whole lines that have come; None where there will be no more."""
+        data = os.read(self.out.fileno(), 1 << 16)
+        if not data:
+            return None
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return (json.loads(line) for line in lines)
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # who waits for a hung device cannot be ended
+            self.process.wait(_FAREWELL_SECONDS)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+class Conductor:
+    """One call: parts in order, each within its share of what is left of `seconds`."""
+
+    def __init__(
+        self,
+        record: Record,
+        command: Sequence[str],
+        *,
+        seconds: float,
+        parts: Sequence[str],
+        workers: int = 1,
+        say: Callable[[str], None],
+    ):
+        self.record, self.command, self.parts, self.most_workers, self.say = record, command, parts, workers, say
+        self.begin = time.monotonic()
+        self.end = self.begin + seconds - _CLOSING_SECONDS
+        self.plan: dict[str, list[Item]] = {}
+        self.workers: list[Worker] = []
+        self.log = (record.out / "full_run.log").open("ab")
+        self.mute = 0  # workers in a row that ended before their first words
+        self.deadline = self.end  # of the part being run
+
+    def run(self) -> None:
+        """All parts, as far as time lasts. Whatever ends this early, every worker is ended."""
+        try:
+            self._open(1)
+            if not self._until_ready():
+                return
+            for at, part in enumerate(self.parts):
+                left = self.end - time.monotonic()
+                later = sum(WEIGHTS[p] for p in self.parts[at:] if self._missing(p))
+                if left <= 0 or not self._missing(part):
+                    continue
+                self.deadline = time.monotonic() + left * WEIGHTS[part] / later
+                self._part(part)
+        finally:
+            for worker in self.workers:
+                worker.kill()
+            self.log.close()
+
+    def missing(self) -> list[str]:
+        """What this call was to do and has not done; the parts' names where no worker could tell the items."""
+        return [item for part in self.parts for item in self._missing(part)] if self.plan else list(self.parts)
+
+    def _missing(self, part: str) -> list[str]:
+        return self.record.missing(item.name for item in self.plan.get(part, []))
+
+    def _until_ready(self) -> bool:
+        """Wait for the first words of the first worker."""
+        while not self.plan and self.mute < _PATIENCE and time.monotonic() < self.end:
+            self._listen(until=self.end)
+        if not self.plan:
+            self.say(f"no worker has started; see {self.record.out / 'full_run.log'}")
+        return bool(self.plan)
+
+    def _part(self, part: str) -> None:
+        """Hand out a part's missing items until they or its time are up."""
+        items = {item.name: item for item in self.plan[part]}
+        queue = self._missing(part)
+        self.say(f"{part}: {len(queue)} of {len(items)} items, {self.deadline - time.monotonic():.0f} s")
+        self.mute = 0
+        wanted = min(self.most_workers, len(queue)) if part == "check" else 1
+        self._open(wanted - len(self.workers))
+        while time.monotonic() < self.deadline and (self.mute < _PATIENCE or any(w.ready for w in self.workers)):
+            for worker in self.workers:
+                if worker.ready and worker.item is None:
+                    self._hand_out(worker, queue, items)
+            if not queue and all(worker.item is None for worker in self.workers if worker.ready):
+                break
+            self._listen(until=self.deadline)
+            self._open(wanted - len(self.workers) if queue and self.mute < _PATIENCE else 0)
+        self._close_part()
+
+    def _hand_out(self, worker: Worker, queue: list[str], items: dict[str, Item]) -> None:
+        """Give the first item for which there is time."""
+        now = time.monotonic()
+        for name in queue:
+            if items[name].needs <= self.deadline - now:
+                queue.remove(name)
+                limit = items[name].limit
+                worker.until = self.deadline if limit is None else min(self.deadline, now + limit)
+                worker.item = name
+                self.record.begin(name)
+                worker.send(name, self.deadline - now)
+                return
+        queue.clear()  # for none of them
+
+    def _close_part(self) -> None:
+        """Keep one worker that is idle; end the others, those at work too: their time is up."""
+        idle = [worker for worker in self.workers if worker.ready and worker.item is None]
+        for worker in self.workers:
+            if worker not in idle[:1]:
+                if worker.item is not None:
+                    self.say(f"  {worker.item}: stopped, its part's time is up")
+                worker.kill()
+        self.workers = idle[:1]
+
+    def _open(self, count: int) -> None:
+        path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        for _ in range(count):
+            process = subprocess.Popen(
+                [sys.executable, *self.command],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                start_new_session=True,
+            )
+            self.workers.append(Worker(process, until=time.monotonic() + _START_SECONDS))
+
+    def _listen(self, until: float) -> None:
+        """Wait for the next answers, or for the moment at which some worker must be ended."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self.workers:
+                selector.register(worker.out, selectors.EVENT_READ, worker)
+            moment = min([until, *(worker.until for worker in self.workers if worker.item or not worker.ready)])
+            for key, _ in selector.select(max(0.0, moment - time.monotonic())):
+                self._hear(key.data)
+        now = time.monotonic()
+        for worker in list(self.workers):
+            if now >= worker.until and now < self.deadline and (worker.item is not None or not worker.ready):
+                self._lose(worker, f"no answer within {self._limit(worker.item):.0f} s")
+
+    def _limit(self, item: str | None) -> float:
+        limits = (found.limit for items in self.plan.values() for found in items if found.name == item)
+        return next(limits, None) or _START_SECONDS
+
+    def _hear(self, worker: Worker) -> None:
+        """Take what a worker says; notice that it is gone."""
+        messages = worker.messages()
+        if messages is None:
+            self._lose(worker, f"the process ended ({_ending(worker.process)})")
+            return
+        for message in messages:
+            if worker in self.workers:
+                self._take(worker, message)
+
+    def _take(self, worker: Worker, message: dict[str, Any]) -> None:
+        if "about" in message:
+            self.mute, worker.ready = 0, True
+            if not self.plan:
+                self.record.introduce(message["about"])
+                listed = message["items"].items()
+                self.plan = {part: [Item(i["item"], i["needs"], i["limit"]) for i in found] for part, found in listed}
+            return
+        if "note" in message:
+            self.say(f"  {message['note']}")
+            return
+        if "rows" in message:
+            self.record.add(Row(**row) for row in message["rows"])
+            return
+        assert worker.item is not None
+        if "done" in message:
+            self.record.finish(worker.item)
+            worker.item = None
+        elif message.get("fatal"):
+            self._lose(worker, message["error"])
+        else:
+            self._failed(worker.item, message["error"])
+            worker.item = None
+
+    def _failed(self, item: str, reason: str) -> None:
+        self.record.fail(item, reason)
+        self.say(f"  {item}: {reason}")
+
+    def _lose(self, worker: Worker, reason: str) -> None:
+        """End a worker that cannot go on; its item has failed."""
+        if worker.item is not None:
+            self._failed(worker.item, reason)
+        elif not worker.ready:
+            self.mute += 1
+            self.say(f"  a worker said nothing: {reason}")
+        worker.kill()
+        self.workers.remove(worker)
+        if not self.plan and self.mute < _PATIENCE:
+            self._open(1)
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(_FAREWELL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "it closed its output and hangs"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

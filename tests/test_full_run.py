@@ -1,0 +1,303 @@
+"""The full run outlives whatever its items do, stays within its time, and leaves a whole file behind at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_imports import BLOCK, OPTIONAL
+
+from bench import conductor, full_run, kernel_items, record, training_items
+from bench.conductor import Conductor
+from bench.record import ABOUT, RESULTS, STATE, Record, Row
+from fastlm.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+ROW = {"name", "shape", "dtype", "provider", "value", "unit", "higher_is_better", "baseline", "ratio", "target"}
+ROW |= {"checked"}
+
+# A worker whose items do what their names say; `tried` lists what it was handed. It loads in a moment.
+WORKER = """
+import json, os, sys, time
+folder, items, device = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+def say(message): print(json.dumps(message), flush=True)
+if os.path.exists(folder + "/alone"): time.sleep(0.2); sys.exit(7)  # only the first worker starts
+open(folder + "/alone", "w") if "--alone" in sys.argv else None
+about = dict(device=device, torch="2", triton="3", commit="c", date="d", python="3")
+say({"about": about, "items": items})
+for line in sys.stdin:
+    item = json.loads(line)["item"]
+    with open(folder + "/tried", "a") as file: file.write(item + "\\n")
+    kind = item.split(".")[1].split(" ")[0]
+    mended = os.path.exists(folder + "/mended")
+    row = dict(name=item.split(" ")[0], shape=item.partition(" ")[2], dtype="float32", provider="fastlm", value=2.0,
+               unit="s", higher_is_better=False, baseline=3.0, ratio=1.5, target=None, checked=True)
+    if kind == "raise" and not mended: say({"error": "ValueError: no", "fatal": False}); continue
+    if kind == "fatal" and not mended: say({"error": "CUDA error", "fatal": True}); time.sleep(60)
+    if kind == "crash" and not mended: os.kill(os.getpid(), 11)
+    if kind == "hang" and not mended: time.sleep(60)
+    if kind == "slow": time.sleep(0.3)
+    if kind == "nan": row["value"] = float("nan")
+    say({"rows": [row]}); say({"done": True})
+"""
+
+
+def command(folder: Path, parts: dict[str, list[str]], device: str = "cpu", limit: float | None = None) -> list[str]:
+    """The words after the interpreter that start a worker with these items."""
+    listed = {p: [{"item": i, "needs": 0, "limit": limit} for i in items] for p, items in parts.items()}
+    return ["-c", WORKER, str(folder), json.dumps(listed), device]
+
+
+def conduct(
+    folder: Path,
+    parts: dict[str, list[str]],
+    *,
+    seconds: float = 20,
+    sources: str = "s",
+    device: str = "cpu",
+    limit: float | None = None,
+    workers: int = 1,
+) -> tuple[Record, list[str]]:
+    """One call -> (what it left, what is missing)."""
+    kept = Record(folder, sources)
+    made = Conductor(
+        kept,
+        command(folder, parts, device, limit),
+        seconds=seconds,
+        parts=list(parts),
+        workers=workers,
+        say=lambda _: None,
+    )
+    made.run()
+    return kept, made.missing()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS).read_text())
+
+
+def tried(folder: Path) -> list[str]:
+    return (folder / "tried").read_text().split("\n")[:-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductor, "_CLOSING_SECONDS", 0)
+
+
+def test_the_file_has_the_layout_of_design_5(tmp_path: Path) -> None:
+    conduct(tmp_path, {"norms": ["rms_norm.ok rows1-columns2", "layer_norm.nan x"]})
+    found = results(tmp_path)
+    assert set(found) == {*ABOUT, "rows"}
+    assert all(set(row) == ROW for row in found["rows"])
+    first, second = found["rows"]
+    assert (first["name"], first["shape"], first["value"]) == ("rms_norm.ok", "rows1-columns2", 2.0)
+    assert second["value"] is None, "strict JSON has no NaN"
+
+
+def test_an_item_that_fails_stops_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    """Exceptions, fatal errors, crashes, hanging: the next item follows, the reason is kept, a second call mends."""
+    parts = {"check": ["a.ok", "a.raise x y", "a.ok2"], "norms": ["b.fatal", "b.crash", "b.ok", "b.hang", "b.ok2"]}
+    kept, missing = conduct(tmp_path, parts, limit=0.5)
+    assert missing == ["a.raise x y", "b.fatal", "b.crash", "b.hang"]
+    assert kept.failed["a.raise x y"] == "ValueError: no"
+    assert kept.failed["b.fatal"] == "CUDA error"
+    assert "SIGSEGV" in kept.failed["b.crash"]
+    assert "no answer" in kept.failed["b.hang"]
+    failures = {row["name"]: row for row in results(tmp_path)["rows"] if row["value"] is None}
+    assert set(failures) == {"a.raise", "b.fatal", "b.crash", "b.hang"}
+    assert failures["a.raise"]["provider"] == "error: ValueError: no"
+    assert (failures["a.raise"]["shape"], failures["a.raise"]["checked"]) == ("x y", False)
+    (tmp_path / "mended").touch()
+    before = len(tried(tmp_path))
+    kept, missing = conduct(tmp_path, parts, limit=0.5)
+    assert missing == []
+    assert tried(tmp_path)[before:] == ["a.raise x y", "b.fatal", "b.crash", "b.hang"], (
+        "what was done is not done again"
+    )
+    assert kept.failed == {}
+    assert all(row["value"] == 2.0 for row in results(tmp_path)["rows"])
+    assert len(results(tmp_path)["rows"]) == 8
+
+
+def test_checks_run_side_by_side_and_each_once(tmp_path: Path) -> None:
+    items = [f"a.ok item{i}" for i in range(9)]
+    _, missing = conduct(tmp_path, {"check": items, "norms": ["b.ok"]}, workers=3)
+    assert missing == []
+    assert sorted(tried(tmp_path)) == sorted([*items, "b.ok"])
+
+
+def test_one_worker_is_enough_where_no_other_starts(tmp_path: Path) -> None:
+    items = [f"a.slow {i}" for i in range(5)]
+    words = [*command(tmp_path, {"check": items, "norms": ["b.ok"]}), "--alone"]
+    made = Conductor(Record(tmp_path, "s"), words, seconds=20, parts=["check", "norms"], workers=3, say=lambda _: None)
+    made.run()
+    assert made.missing() == []
+
+
+def test_time_is_shared_and_never_overrun(tmp_path: Path) -> None:
+    """A part that takes too long leaves later ones their share; what was stopped keeps its place, once."""
+    parts = {"check": [f"a.slow {i}" for i in range(9)], "attention": ["b.ok"], "train_124m": ["c.hang"]}
+    begin = time.monotonic()
+    kept, missing = conduct(tmp_path, parts, seconds=2.0)
+    assert time.monotonic() - begin < 4
+    assert "b.ok" in kept.done
+    assert 0 < sum(item.startswith("a.") for item in kept.done) < 9
+    assert "c.hang" in missing
+    assert kept.attempts["c.hang"] == 1
+    assert kept.missing(parts["check"]) == [item for item in parts["check"] if item not in kept.done]
+    kept.begin("c.hang")
+    kept.fail("c.raise", "no")
+    assert kept.missing(["c.raise", "c.hang", "c.ok"]) == ["c.ok", "c.raise", "c.hang"]
+
+
+def test_an_item_without_time_for_it_is_not_begun(tmp_path: Path) -> None:
+    listed = {"norms": [{"item": "a.ok", "needs": 1e6, "limit": None}, {"item": "b.ok", "needs": 0, "limit": None}]}
+    kept = Record(tmp_path, "s")
+    words = ["-c", WORKER, str(tmp_path), json.dumps(listed), "cpu"]
+    Conductor(kept, words, seconds=20, parts=["norms"], say=lambda _: None).run()
+    assert tried(tmp_path) == ["b.ok"]
+
+
+def test_a_worker_that_never_speaks_ends_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = Conductor(Record(tmp_path, "s"), ["-c", "raise SystemExit(7)"], seconds=20, parts=["norms"], say=said.append)
+    made.run()
+    assert made.missing() == ["norms"]
+    assert "exit code 7" in said[0]
+    assert "no worker has started" in said[-1]
+
+
+def test_figures_of_other_sources_or_devices_are_never_mixed(tmp_path: Path) -> None:
+    conduct(tmp_path, {"norms": ["a.ok"]})
+    conduct(tmp_path, {"norms": ["b.ok"]}, sources="other")
+    assert [row["name"] for row in results(tmp_path)["rows"]] == ["b.ok"]
+    conduct(tmp_path, {"norms": ["c.ok"]}, sources="other", device="another")
+    assert [row["name"] for row in results(tmp_path)["rows"]] == ["c.ok"]
+    aside = sorted(path.name for path in tmp_path.glob("full_run-*.json"))
+    assert aside == ["full_run-d-c-1.json", "full_run-d-c-2.json"]
+    assert [row["name"] for row in json.loads((tmp_path / aside[0]).read_text())["rows"]] == ["a.ok"]
+
+
+def test_the_hash_of_sources_follows_them(tmp_path: Path) -> None:
+    for folder in ("bench", "fastlm", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
+    first = record.sources_hash(tmp_path)
+    (tmp_path / "kernels" / "notes.txt").write_text("no source")
+    assert record.sources_hash(tmp_path) == first
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert record.sources_hash(tmp_path) != first
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Both files are written; the kill comes in the middle of the first or of the second."""
+    kept = Record(tmp_path, "s")
+    kept.introduce(dict.fromkeys(ABOUT, "x"))
+    kept.add([Row("a.b", "", "", "fastlm", 1.0, "s", True)])
+    written: list[Path] = []
+
+    def torn(self: Path, text: str) -> int:
+        written.append(self)
+        with self.open("w") as file:
+            if len(written) < nth:
+                return file.write(text)
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(KeyboardInterrupt):
+        kept.add([Row("c.d", "", "", "fastlm", 1.0, "s", True)])
+    monkeypatch.undo()
+    found = Record(tmp_path, "s")
+    assert [row.name for row in found.rows.values()] == ["a.b", "c.d"][:nth]
+    assert len(results(tmp_path)["rows"]) == nth
+
+
+def test_sigterm_ends_the_workers_and_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(full_run, "_WORKER", command(tmp_path, {"norms": ["a.ok", "a.hang"]}))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(SystemExit) as stopped:
+        full_run.main(["--out", str(tmp_path), "--only", "norms", "--device", "cpu"])
+    timer.join()
+    assert stopped.value.code == 143
+    out = capsys.readouterr().out
+    assert "a.ok : 2 s rival 3 x1.50" in out
+    assert "1 items are missing (a.hang)" in out
+    assert json.loads((tmp_path / STATE).read_text())["done"] == ["a.ok"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--only", "norm"], "--only: got norm"),
+        (["--seconds", "nan"], "--seconds: got nan"),
+        (["--out", __file__], "--out: got"),
+        (["--sec"], "arguments: got"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments: list[str], key: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=key):
+        full_run.main(["--out", str(tmp_path / "new"), *arguments])
+    assert not (tmp_path / "new").exists()
+
+
+NAMES = ("attention.", "layer_norm.", "rms_norm.", "cross_entropy.", "linear_cross_entropy.", "adamw.", "train_124m")
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_every_name_of_design_5_is_planned(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kernel_items, training_items):
+        monkeypatch.setattr(module, "GPU", gpu)
+    planned = {**kernel_items.tasks(), **training_items.tasks()}
+    assert set(planned) == set(conductor.WEIGHTS)
+    names = [task.name for tasks in planned.values() for task in tasks]
+    assert len(set(names)) == len(names)
+    assert all(any(name.startswith(prefix) for name in names) for prefix in NAMES)
+    checked = {name.split()[0].removeprefix("check.") for name in names if name.startswith("check.")}
+    assert {kernel.name for kernel in kernel_items.KERNELS} <= checked
+    if gpu:
+        attention = [task.name for task in planned["attention"]]
+        wanted = [(d, t, c) for d in ("forward", "backward") for t in (1, 2, 4, 8, 16) for c in (64, 128)]
+        for direction, thousands, channels in wanted:
+            prefix = f"attention.{direction} rows{1024 * thousands}-columns{channels}-"
+            assert any(name.startswith(prefix) for name in attention), prefix
+
+
+def test_the_worker_runs_with_torch_numpy_and_pytest_alone(tmp_path: Path) -> None:
+    """The whole script on a CPU, for a few items, where nothing optional can be imported."""
+    blocked = ",".join(name for name in OPTIONAL if name != "triton")
+    (tmp_path / "sitecustomize.py").write_text(BLOCK.replace("sys.argv[1]", repr(blocked)))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "0"}
+    words = ["--device", "cpu", "--out", str(tmp_path / "out"), "--only", "adamw", "attention", "time_to_loss"]
+    words += ["--commit", "abc"]
+    done = subprocess.run(
+        [sys.executable, "bench/full_run.py", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = (tmp_path / "out" / "full_run.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    found = results(tmp_path / "out")
+    assert found["commit"] == "abc"
+    ours = {row["name"] for row in found["rows"] if row["provider"] == "fastlm" and row["value"] and row["ratio"]}
+    raced = {"time_to_loss.tokens", "time_to_loss.seconds"}
+    assert ours == {"attention.forward", "attention.backward", "adamw.step", "adamw.clipped"} | raced
+    assert all(row["checked"] for row in found["rows"])
+    assert "adamw.step small" in done.stdout

@@ -1,0 +1,218 @@
+"""Attention of transformers models on this package's functions: one attention function and one mask function.
+
+transformers looks both up by the name in `config._attn_implementation`. The mask function never builds a T x T mask for
+what the kernels know by position: it returns None, the padding mask (B, S), or where packed documents begin. A model's
+layers hand the result to the attention function, with their own scale, window and soft-cap.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _runtime
+from .attention import scaled_dot_product_attention, varlen_attn
+
+# A copied package registers a key of its own.
+KEY = _runtime.NAMESPACE
+# What only a model's own attention computes: sinks of gpt-oss, biases of T5, masked heads (transformers 4).
+_FOREIGN = ("s_aux", "position_bias", "head_mask")
+
+
+class Documents(NamedTuple):
+    """Packed documents of a batch whose rows lie one after another: where each begins, and the longest's length."""
+
+    starts: Tensor
+    longest: int
+
+
+def register() -> None:
+    """Give transformers our two functions under KEY: the one effect on the process, harmless when repeated."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(KEY, attention)
+    AttentionMaskInterface.register(KEY, mask)
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """A mask that transformers passes on as it is (it has 4 dimensions) and `attention` reads as none."""
+    return like.new_empty((1, 1, 1, 0), dtype=torch.bool)
+
+
+def mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    *,
+    cache_position: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | Documents | None:
+    """transformers' mask for `attention`: None, the keys that take part (B, S), or the batch's packed documents.
+
+    Where positions alone do not say it (keys of a static cache that are not yet written, a mask function of the
+    user's) it is the bool mask of transformers' "sdpa", (B, 1, T, S). transformers 4 gives cache_position instead of
+    q_length and q_offset.
+    """
+    length = cache_position.shape[0] if q_length is None and cache_position is not None else int(q_length or 0)
+    if use_vmap or not _ends_together(length, kv_length, q_offset, kv_offset, cache_position):
+        from transformers.masking_utils import sdpa_mask
+
+        places = {"q_length": q_length, "q_offset": q_offset} if cache_position is None else {}
+        options = {**kwargs, **places, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        if cache_position is not None:
+            options["cache_position"] = cache_position
+        return sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            **options,
+        )
+    if attention_mask is None:
+        # transformers looks for documents where there is neither a mask nor a cache, and says so by this switch alone.
+        packed = not allow_is_causal_skip and length == kv_length
+        device = kwargs.get("device") if cache_position is None else cache_position.device
+        return _documents(mask_function, batch_size, length, device) if packed else None
+    keys = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if keys.shape[1] < kv_length:
+        keys = torch.nn.functional.pad(keys, (0, kv_length - keys.shape[1]))
+    keys = keys.bool()
+    return None if _may_read(keys) and bool(keys.all()) else keys
+
+
+def _ends_together(
+    q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int, cache_position: Tensor | None
+) -> bool:
+    """Whether the last query stands at the last key. A static cache has more keys, and counts on the device."""
+    if isinstance(q_offset, Tensor):
+        return False
+    if cache_position is not None:
+        # Equal lengths are no cache, or one that is filled at once: nothing to ask the device.
+        return q_length == kv_length or int(cache_position[-1]) + 1 == kv_offset + kv_length
+    return q_offset + q_length == kv_offset + kv_length
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether the host may wait for a value: not in a compiled function, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Documents | None:
+    """The documents that `mask_function` keeps apart, None for one a row. Asks it for T pairs of neighbours a row."""
+    rows = torch.arange(batch, device=device)[:, None]
+    at = torch.arange(1, length, device=device)[None]
+    begins = torch.ones(batch, length, dtype=torch.bool, device=device)
+    # Neighbours see each other inside a document alone.
+    begins[:, 1:] = ~mask_function(rows, rows.new_zeros(()), at, at - 1)
+    starts = begins.flatten().nonzero().flatten()
+    if starts.shape[0] == batch:
+        return None
+    starts = torch.cat([starts, starts.new_full((1,), batch * length)]).int()
+    return Documents(starts, int(starts.diff().max()))
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Documents | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, H, T, D), key and value (B, Hk, S, D); (B, T, H, D) and no weights.
+
+    attention_mask is what `mask` returned, or a mask (B, 1 or H, T, S) of the user's. ValueError for what only a
+    model's own attention computes.
+    """
+    for name in _FOREIGN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: the patched attention does not know it; patch with attention=False")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    # A window counts a query's own position.
+    left = -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - 1
+    window = (left, 0 if causal else left)
+    starts = kwargs.get("cu_seq_lens_q")
+    if isinstance(starts, Tensor) and attention_mask is None:
+        longest = max(kwargs["max_length_q"], kwargs["max_length_k"])
+        return _packed(query, key, value, starts, kwargs["cu_seq_lens_k"], longest, window, dropout, options), None
+    if isinstance(attention_mask, Documents):
+        starts, longest = attention_mask
+        return _packed(query, key, value, starts, starts, longest, window, dropout, options), None
+    options["dropout_p"] = dropout
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
+        options |= _read_mask(attention_mask, query.shape[2])
+    else:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            options["key_mask"] = attention_mask.bool()
+        # A single query is the last: it sees every key that its window holds.
+        options["is_causal"] = causal and query.shape[2] > 1
+        options["causal_align"] = "top_left" if query.shape[2] == key.shape[2] else "bottom_right"
+        options["window_size"] = (left, -1 if causal else left)
+    return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
+
+
+def _read_mask(mask: Tensor, queries: int) -> dict[str, Any]:
+    """A mask of 4 dimensions, which holds everything; of one query over all heads it is a mask of the keys."""
+    if mask.dtype == torch.bool and queries == mask.shape[1] == mask.shape[2] == 1:
+        return {"key_mask": mask[:, 0, 0]}
+    return {"attn_mask": mask}
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    longest: int,
+    window: tuple[int, int],
+    dropout: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention inside documents that lie one after another through the batch's rows: (B, T, H, D)."""
+    if dropout > 0.0:
+        return _packed_with_dropout(query, key, value, starts, key_starts, window, dropout, options)
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = varlen_attn(*flat, starts.int(), key_starts.int(), longest, longest, window_size=window, **options)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _packed_with_dropout(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    window: tuple[int, int],
+    dropout: float,
+    options: dict[str, Any],
+) -> Tensor:
+    """The same by a mask, which the function of packed documents has no dropout to do without. Equal Q and K only."""
+    batch, _, length, _ = query.shape
+    at = torch.arange(batch * length, device=query.device)
+    document = torch.searchsorted(starts.to(at), at, right=True).view(batch, length)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    out = scaled_dot_product_attention(query, key, value, same, dropout, window_size=window, **options)
+    return out.transpose(1, 2)

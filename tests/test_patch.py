@@ -212,15 +212,14 @@ def test_hugging_face_hooks_patch_what_they_can_and_report_the_rest() -> None:
     lines = {line.name: line for line in fk.hf.report(model)}
     assert {name for name, line in lines.items() if not line.patched} == set(lines)
     assert "call patch(model)" in lines["layers.1"].reason
+    assert set(lines) > {"layers.1", "layers.2", "layers.3.0", "gates.0", "loss"}
     fk.hf.patch(model)
     report = fk.hf.report(model)
     lines = {line.name: line for line in report}
-    assert {name for name, line in lines.items() if line.patched} == {"layers.1", "layers.2", "layers.3.0", "loss"} | {
-        name for name in lines if name.startswith(("gates.", "head"))
-    }
-    assert lines["layers.1"].module == "LayerNorm"
+    assert {name for name, line in lines.items() if not line.patched} == {"tiny"}
+    assert lines["layers.1"].module.endswith("LayerNorm")
     assert not lines["tiny"].patched
-    assert "arrives with" in lines["tiny"].reason
+    assert "unknown kind" in lines["tiny"].reason
     text = str(report)
     assert len(text.splitlines()) == len(report)
     assert "tiny" in text

@@ -223,8 +223,9 @@ def _print_head(directory: Path, model: Any, device: torch.device, dtype: torch.
 def _print_report(model: Any) -> None:
     """What `hf.report` says, the modules of one class and fate in one line."""
     fates = Counter((line.module, line.patched, line.reason) for line in hf.report(model))
+    width = max((len(module) for module, _, _ in fates), default=0)
     for (module, patched, reason), count in fates.items():
-        sys.stdout.write(f"{count:4} {module:28} {'patched' if patched else 'left alone':11} {reason}\n")
+        sys.stdout.write(f"{count:4} {module:{width}}  {'patched' if patched else 'left alone':12}{reason}\n")
 
 
 def _print_errors(lines: list[Compared]) -> None:

@@ -7,6 +7,7 @@ layers hand the result to the attention function, with their own scale, window a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +31,14 @@ class Documents(NamedTuple):
 
 def register() -> None:
     """Give transformers our two functions under KEY: the one effect on the process, harmless when repeated."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import transformers
 
-    AttentionInterface.register(KEY, attention)
-    AttentionMaskInterface.register(KEY, mask)
+    # Where documents lie is read from the device: no compiled function does that. Here, for it loads the compiler.
+    global _find_documents, _transformers_4
+    _find_documents = torch.compiler.disable(_documents)  # type: ignore[assignment]
+    _transformers_4 = transformers.__version__.startswith("4.")
+    transformers.AttentionInterface.register(KEY, attention)
+    transformers.AttentionMaskInterface.register(KEY, mask)
 
 
 def no_mask(like: Tensor) -> Tensor:
@@ -41,65 +46,41 @@ def no_mask(like: Tensor) -> Tensor:
     return like.new_empty((1, 1, 1, 0), dtype=torch.bool)
 
 
-def mask(
-    batch_size: int,
-    q_length: int | None = None,
-    kv_length: int = 0,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    *,
-    cache_position: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> Tensor | Documents | None:
+def mask(**given: Any) -> Tensor | Documents | None:
     """transformers' mask for `attention`: None, the keys that take part (B, S), or the batch's packed documents.
 
     Where positions alone do not say it (keys of a static cache that are not yet written, a mask function of the
-    user's) it is the bool mask of transformers' "sdpa", (B, 1, T, S). transformers 4 gives cache_position instead of
-    q_length and q_offset.
+    user's) it is the bool mask of transformers' "sdpa", (B, 1, T, S). `given` is what transformers gives every mask
+    function, by keyword; version 4 gives cache_position instead of q_length and q_offset.
     """
-    length = cache_position.shape[0] if q_length is None and cache_position is not None else int(q_length or 0)
-    if use_vmap or not _ends_together(length, kv_length, q_offset, kv_offset, cache_position):
+    kv_length, kv_offset = given["kv_length"], given["kv_offset"]
+    bidirectional = "allow_is_bidirectional_skip" in given
+    if given.get("use_vmap") or not (bidirectional or _ends_together(**given)):
         from transformers.masking_utils import sdpa_mask
 
-        places = {"q_length": q_length, "q_offset": q_offset} if cache_position is None else {}
-        options = {**kwargs, **places, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        if cache_position is not None:
-            options["cache_position"] = cache_position
-        return sdpa_mask(
-            batch_size=batch_size,
-            kv_length=kv_length,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            use_vmap=use_vmap,
-            **options,
-        )
-    if attention_mask is None:
+        return sdpa_mask(**{**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    keys = given["attention_mask"]
+    if keys is None:
         # transformers looks for documents where there is neither a mask nor a cache, and says so by this switch alone.
-        packed = not allow_is_causal_skip and length == kv_length
-        device = kwargs.get("device") if cache_position is None else cache_position.device
-        return _documents(mask_function, batch_size, length, device) if packed else None
-    keys = attention_mask[:, kv_offset : kv_offset + kv_length]
+        packed = not given["allow_is_causal_skip"] and not bidirectional and _queries(**given) == kv_length
+        return _find_documents(**given) if packed else None
+    keys = keys[:, kv_offset : kv_offset + kv_length].bool()
     if keys.shape[1] < kv_length:
         keys = torch.nn.functional.pad(keys, (0, kv_length - keys.shape[1]))
-    keys = keys.bool()
     return None if _may_read(keys) and bool(keys.all()) else keys
 
 
-def _ends_together(
-    q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int, cache_position: Tensor | None
-) -> bool:
+def _queries(*, q_length: int | None = None, cache_position: Tensor | None = None, **_: Any) -> int:
+    return int(q_length or 0) if cache_position is None else cache_position.shape[0]
+
+
+def _ends_together(*, kv_length: int, kv_offset: int, **given: Any) -> bool:
     """Whether the last query stands at the last key. A static cache has more keys, and counts on the device."""
-    if isinstance(q_offset, Tensor):
-        return False
-    if cache_position is not None:
+    length, offset, positions = _queries(**given), given.get("q_offset", 0), given.get("cache_position")
+    if positions is not None:
         # Equal lengths are no cache, or one that is filled at once: nothing to ask the device.
-        return q_length == kv_length or int(cache_position[-1]) + 1 == kv_offset + kv_length
-    return q_offset + q_length == kv_offset + kv_length
+        return length == kv_length or int(positions[-1]) + 1 == kv_offset + kv_length
+    return not isinstance(offset, Tensor) and offset + length == kv_offset + kv_length
 
 
 def _may_read(tensor: Tensor) -> bool:
@@ -109,18 +90,24 @@ def _may_read(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Documents | None:
-    """The documents that `mask_function` keeps apart, None for one a row. Asks it for T pairs of neighbours a row."""
-    rows = torch.arange(batch, device=device)[:, None]
-    at = torch.arange(1, length, device=device)[None]
-    begins = torch.ones(batch, length, dtype=torch.bool, device=device)
+def _documents(*, batch_size: int, kv_length: int, mask_function: Any, **given: Any) -> Documents | None:
+    """The documents that mask_function keeps apart, None for one a row. Asks it for T pairs of neighbours a row."""
+    positions = given.get("cache_position")
+    device = given.get("device") if positions is None else positions.device
+    rows = torch.arange(batch_size, device=device)[:, None]
+    at = torch.arange(1, kv_length, device=device)[None]
+    begins = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     # Neighbours see each other inside a document alone.
     begins[:, 1:] = ~mask_function(rows, rows.new_zeros(()), at, at - 1)
     starts = begins.flatten().nonzero().flatten()
-    if starts.shape[0] == batch:
+    if starts.shape[0] == batch_size:
         return None
-    starts = torch.cat([starts, starts.new_full((1,), batch * length)]).int()
+    starts = torch.cat([starts, starts.new_full((1,), begins.numel())]).int()
     return Documents(starts, int(starts.diff().max()))
+
+
+_find_documents: Callable[..., Any] = _documents
+_transformers_4 = False
 
 
 def attention(
@@ -144,7 +131,7 @@ def attention(
     for name in _FOREIGN:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: the patched attention does not know it; patch with attention=False")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = _is_causal(module, is_causal)
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,
@@ -173,6 +160,13 @@ def attention(
     return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
 
 
+def _is_causal(module: Any, told: bool | None) -> bool:
+    if told is None or _transformers_4:
+        # There GPT-2 tells False wherever there is a mask, in which it expects to find the triangle.
+        return getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
+    return bool(told)
+
+
 def _read_mask(mask: Tensor, queries: int) -> dict[str, Any]:
     """A mask of 4 dimensions, which holds everything; of one query over all heads it is a mask of the keys."""
     if mask.dtype == torch.bool and queries == mask.shape[1] == mask.shape[2] == 1:
@@ -194,8 +188,8 @@ def _packed(
     """Attention inside documents that lie one after another through the batch's rows: (B, T, H, D)."""
     if dropout > 0.0:
         return _packed_with_dropout(query, key, value, starts, key_starts, window, dropout, options)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    out = varlen_attn(*flat, starts.int(), key_starts.int(), longest, longest, window_size=window, **options)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attn(q, k, v, starts.int(), key_starts.int(), longest, longest, window_size=window, **options)
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 

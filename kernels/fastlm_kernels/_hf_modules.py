@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Patched:
     _fastlm_original: type
     _fastlm_options: tuple[Any, ...]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new module of this class is one of the original's: `type(model).from_pretrained` patches nothing."""
+        return cls._fastlm_original(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by the classes that can be found by name: the made one cannot."""
         _, _, *state = super().__reduce_ex__(protocol)
@@ -55,8 +59,7 @@ class Patched:
 def restored(ours: type, original: type, options: tuple[Any, ...]) -> Any:
     """An empty instance of `patched(...)`, for unpickling: in a new process transformers must know our key."""
     _hf_attention.register()
-    made = patched(ours, original, options)
-    return made.__new__(made)
+    return object.__new__(patched(ours, original, options))
 
 
 @functools.cache
@@ -184,6 +187,8 @@ class Model(Patched):
         forward = inspect.unwrap(original.forward)
         parameters = inspect.signature(forward).parameters
         names = set(forward.__code__.co_names)
+        output = output_class(original)
+        fields = () if output is None else dataclasses.fields(output)
 
         @functools.wraps(original.forward)
         def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +200,8 @@ class Model(Patched):
             "_fastlm_names": tuple(parameters)[1:],
             "_fastlm_masks": bool(names & {"create_causal_mask", "create_sliding_window_causal_mask"})
             and {"attention_mask", "position_ids", "past_key_values"} <= set(parameters),
-            "_fastlm_output": output_class(original),
+            "_fastlm_output": output,
+            "_fastlm_rest": tuple(field.name for field in fields if field.name not in ("loss", "logits")),
             "_fastlm_loss_function": "loss_function" in names,
         }
 
@@ -209,7 +215,7 @@ class Model(Patched):
             shift = None if keep_logits else shift_of(self)
             if shift is not None and _head_is_ours(self, kwargs):
                 return _with_loss(self, kwargs, HEADS[before_head], shift)
-        return super().forward(**kwargs)
+        return super().forward(**kwargs)  # type: ignore[misc]
 
 
 def _skip_mask(kwargs: dict[str, Any]) -> None:
@@ -217,16 +223,16 @@ def _skip_mask(kwargs: dict[str, Any]) -> None:
     if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
         return
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        return
     tokens = embeds if ids is None else ids
+    if tokens is None:
+        return
     kwargs["attention_mask"] = _hf_attention.no_mask(tokens)
     kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
 
 
 def output_class(original: Any) -> Any:
     """The class of results that the original's forward names, None if it names none."""
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     named = inspect.unwrap(original.forward).__annotations__.get("return")
     kinds = typing.get_args(named) or (named,)
@@ -234,19 +240,19 @@ def output_class(original: Any) -> Any:
 
 
 def shift_of(model: Any) -> int | None:
-    """By how many positions the model's loss shifts its labels; None for a loss that is not the usual one."""
+    """By how many positions the model's loss shifts its labels; None for a loss that the user set."""
     if not model._fastlm_loss_function:
         return 0
-    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
-
-    function = model.loss_function
-    return 1 if function is ForCausalLMLoss else 0 if function is ForMaskedLMLoss else None
+    if hasattr(model, "_loss_function"):
+        return None
+    # Models without a type have transformers' default, the causal one.
+    return {None: 1, "ForCausalLM": 1, "ForMaskedLM": 0}.get(getattr(model, "loss_type", None))
 
 
 def _head_is_ours(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the head is a plain matrix and the call asks for nothing but the loss."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or not _is_bare(head) or type(head.weight) is not torch.nn.Parameter:
+    if type(head) is not torch.nn.Linear or not _is_bare(head) or type(head.weight) not in (Tensor, torch.nn.Parameter):
         return False
     keep, wants_tuple = kwargs.get("logits_to_keep"), kwargs.get("return_dict")
     wants_tuple = not model.config.return_dict if wants_tuple is None else not wants_tuple
@@ -280,9 +286,8 @@ def _with_loss(model: Any, kwargs: dict[str, Any], before_head: Callable[[Any, T
         num_items=items,
         softcap=getattr(model.config, "final_logit_softcapping", None),
     )
-    output = model._fastlm_output
-    rest = (field.name for field in dataclasses.fields(output) if field.name not in ("loss", "logits"))
-    return output(loss=loss, logits=None, **{name: getattr(outputs, name, None) for name in rest})
+    rest = {name: getattr(outputs, name, None) for name in model._fastlm_rest}
+    return model._fastlm_output(loss=loss, logits=None, **rest)
 
 
 def _roberta_head(model: Any, hidden: Tensor) -> Tensor:
@@ -294,4 +299,4 @@ HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bert": lambda model, hidden: model.cls.predictions.transform(hidden),
     "roberta": _roberta_head,
 }
-ROLES: Iterable[type] = (RMSNorm, Activation, GatedMLP, RotaryAttention, Model)
+ROLES = (RMSNorm, Activation, GatedMLP, RotaryAttention, Model)

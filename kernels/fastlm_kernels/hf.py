@@ -137,39 +137,38 @@ def unpatch(model: AnyModule) -> AnyModule:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"module: got {type(model).__name__}; give a torch.nn.Module")
     for module in model.modules():
-        if isinstance(module, _hf_modules.Patched):
-            module.__class__ = module._fastlm_original
-        elif type(module) in _ORIGINALS:
-            module.__class__ = _ORIGINALS[type(module)]
+        if _is_patched(module):
+            module.__class__ = _original(module)
     _return_configs(model)
     return model
 
 
 def report(model: torch.nn.Module) -> Report:
     """Which modules of `model` are patched, which are not, and why; print it for a table."""
-    return Report(ReportLine(find.name, type(find.module).__name__, *_state(find)) for find in _finds(model))
+    return Report(ReportLine(find.name, _original(find.module).__name__, *_state(find)) for find in _finds(model))
 
 
 def _state(find: _Find) -> tuple[bool, str]:
     """Whether the module is patched, and the report's reason."""
-    module = find.module
+    module: Any = find.module
     if find.switch == "model":
         return _model_state(module)
     if find.switch == "attention":
         done = getattr(module, "config", None) is not None and _has_our_attention(module.config)
         return done, find.reason if done else _not_called("attention")
-    if isinstance(module, _hf_modules.Patched) or type(module) in _ORIGINALS:
-        return True, find.reason
+    if _is_patched(module):
+        attends = find.switch == "rotary" and _has_our_attention(getattr(module, "config", None))
+        return True, find.reason + (", attention" if attends else "")
     return False, find.reason if find.replacement is None else _not_called(find.switch)
 
 
 def _not_called(switch: str) -> str:
-    return f"not patched: call patch(model), with {switch}=True"
+    return f"not patched: call patch(model) with {switch}=True"
 
 
 def _model_state(model: Any) -> tuple[bool, str]:
-    kind, family = _original(model), FAMILIES.get(model.config.model_type)
-    if family is None:
+    kind = _original(model)
+    if _family(model) is None:
         known = ", ".join(FAMILIES)
         return False, f"architecture {model.config.model_type!r} is not known (known: {known}); nothing was touched"
     done = [] if not _has_our_attention(model.config) else ["attention"]
@@ -179,35 +178,48 @@ def _model_state(model: Any) -> tuple[bool, str]:
     left = [] if why is None else [why]
     if kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is None:
         left.append("the loss: no class of results is known")
-    return bool(done), "; ".join([", ".join(done) or _not_called("attention or loss"), *left])
+    return bool(done), "; ".join([", ".join(done) or _not_called("attention=True or loss"), *left])
 
 
-def _original(module: torch.nn.Module) -> type:
+def _original(module: Any) -> Any:
     """The module's own class, behind ours."""
-    return module._fastlm_original if isinstance(module, _hf_modules.Patched) else type(module)
+    kind = type(module)
+    return module._fastlm_original if isinstance(module, _hf_modules.Patched) else _ORIGINALS.get(kind, kind)
 
 
-def _pretrained() -> type | tuple[()]:
+def _is_patched(module: torch.nn.Module) -> bool:
+    return isinstance(module, _hf_modules.Patched) or type(module) in _ORIGINALS
+
+
+def _pretrained() -> Any:
     """transformers' class of models; where it was never imported there are none."""
     utils = sys.modules.get("transformers.modeling_utils")
     return () if utils is None else utils.PreTrainedModel
 
 
+def _family(model: Any) -> Family | None:
+    return FAMILIES.get(model.config.model_type)
+
+
 def _finds(model: torch.nn.Module) -> Iterator[_Find]:
     """Every module of `model` that this package knows something of."""
-    pretrained, owner = _pretrained(), {}
+    pretrained = _pretrained()
+    owner: dict[int, Family | None] = {}
+    inside: set[int] = set()
     for module in model.modules():
         if isinstance(module, pretrained):
             # Inner models come later, and have the say.
-            owner |= dict.fromkeys(map(id, module.modules()), FAMILIES.get(module.config.model_type))
+            owner |= dict.fromkeys(map(id, module.modules()), _family(module))
     for name, module in model.named_modules():
         known = id(module) not in owner or owner[id(module)] is not None
         if isinstance(module, pretrained):
             yield _Find(name, module, None, "model", "")
         elif known:
-            find = _find(name, module, owner.get(id(module)))
+            find = None if id(module) in inside else _find(name, module, owner.get(id(module)))
             if find is not None:
                 yield find
+                if find.replacement is not None and hasattr(module, "act_fn"):
+                    inside.add(id(module.act_fn))  # a part of the gated MLP's kernel
 
 
 def _find(name: str, module: torch.nn.Module, family: Family | None) -> _Find | None:
@@ -226,11 +238,10 @@ _Found = tuple[type | None, str, str] | None
 
 
 def _find_torch(kind: Any, module: Any, family: Family | None) -> _Found:
-    kind = _ORIGINALS.get(kind, kind)
     if kind not in REPLACEMENTS:
         return None
-    switches = {torch.nn.GELU: "mlp", torch.nn.CrossEntropyLoss: "loss"}
-    return REPLACEMENTS[kind], switches.get(kind, "norm"), "torch.nn module"
+    switch = "norm" if "Norm" in kind.__name__ else "loss" if "Loss" in kind.__name__ else "mlp"
+    return REPLACEMENTS[kind], switch, "torch.nn module"
 
 
 def _is_transformers(kind: type) -> bool:
@@ -295,7 +306,7 @@ def _function_of(module: torch.nn.Module) -> str | None:
 
 def _model_class(model: Any, switches: dict[str, bool], keep_logits: bool) -> type | None:
     """The class of a transformers model itself, None if nothing of it changes."""
-    kind, family = type(model), FAMILIES.get(model.config.model_type)
+    kind, family = type(model), _family(model)
     if family is None or not _is_transformers(kind) or "forward" in vars(model):
         return None
     loss = switches["loss"] and kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is not None
@@ -319,11 +330,11 @@ def _take_attention(model: torch.nn.Module) -> None:
     pretrained = _pretrained()
     copies: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, pretrained) and module.config.model_type in FAMILIES:
-            config = module.config
-            if id(config) not in copies and _why_no_attention(config) is None:
-                copies[id(config)] = copy.deepcopy(config)
-                copies[id(config)]._attn_implementation = _hf_attention.KEY
+        config: Any = getattr(module, "config", None)
+        known = isinstance(module, pretrained) and config.model_type in FAMILIES
+        if known and id(config) not in copies and _why_no_attention(config) is None:
+            copies[id(config)] = copy.deepcopy(config)
+            copies[id(config)]._attn_implementation = _hf_attention.KEY
     if not copies:
         return
     _hf_attention.register()
@@ -339,7 +350,7 @@ def _return_configs(model: torch.nn.Module) -> None:
     for module in model.modules():
         if _CONFIG not in vars(module):
             continue
-        original, ours = vars(module).pop(_CONFIG), module.config
+        original, ours = vars(module).pop(_CONFIG), vars(module)["config"]
         if id(ours) not in kept:
             if _has_our_attention(ours):
                 ours._attn_implementation = original._attn_implementation

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers as tf
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 
 import fastlm_kernels as fk
-from fastlm_kernels import _hf_attention, _hf_modules, _runtime, hf
 from fastlm_kernels.check import exact, in_units, results, upstream_gradients
 
+tf: Any = transformers  # its constructors take more than they declare
 VOCAB, LENGTH = 97, 16
-SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GATED = {**SMALL, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 16}
 BERT = {**SMALL, "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -46,9 +41,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             attn_implementation="eager",
         )
     ),
-    "phi": lambda: tf.PhiForCausalLM(
-        tf.PhiConfig(**SMALL, intermediate_size=24, resid_pdrop=0.0, qk_layernorm=True)
-    ),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**SMALL, intermediate_size=24, resid_pdrop=0.0, qk_layernorm=True)),
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**SMALL, ffn_dim=24, dropout=0.0, word_embed_proj_dim=32)),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)),
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**BERT)),
@@ -56,7 +49,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 DECODERS = [name for name in FAMILIES if name not in ("bert", "roberta")]
 
 
-def _model(family: str) -> Any:
+def make_model(family: str) -> Any:
     """A model in training mode, its parameters neither 0 nor 1."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
@@ -67,7 +60,7 @@ def _model(family: str) -> Any:
     return model.train()
 
 
-def _batch(kind: str, family: str = "llama") -> dict[str, Any]:
+def make_batch(kind: str) -> dict[str, Any]:
     """Two sequences: plain, padded on one side, or of several documents each; some labels are left out."""
     ids = torch.randint(3, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.masked_fill(ids % 5 == 0, -100)}
@@ -119,9 +112,9 @@ def _units(found: dict[str, Tensor], truth: dict[str, Tensor], change: dict[str,
 
 def _assert_equal_numbers(family: str, kind: str, dtype: torch.dtype = torch.float32) -> None:
     """Loss, hidden states, logits and every gradient: the rule that holds for each kernel, for the whole model."""
-    batch = _batch(kind, family)
-    patched, parameters = fk.hf.patch(_model(family)), _parameters(_model(family), dtype)
-    reference, ours = _outputs(_model(family), batch), _outputs(patched, batch)
+    batch = make_batch(kind)
+    patched, parameters = fk.hf.patch(make_model(family)), _parameters(make_model(family), dtype)
+    reference, ours = _outputs(make_model(family), batch), _outputs(patched, batch)
     upstream = upstream_gradients(reference, parameters, 2)
     truth, change = exact(reference, parameters, upstream)
     mine = _units(results(ours, parameters, upstream), truth, change)

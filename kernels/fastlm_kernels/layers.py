@@ -2,7 +2,7 @@
 
 Stateless, as that loader wants them: no constructor, nothing but `forward`, whose `self` is the module of the model and
 holds the parameters under the names that transformers gives them. Named as transformers names its layers for that
-purpose, or, for an MLP and a merged gate, as they are commonly called. `python -m fastlm_kernels.hub` writes the package.
+purpose, or, for an MLP and a merged gate, as they are commonly called. `python -m fastlm_kernels.hub` writes them out.
 """
 
 from __future__ import annotations

@@ -102,17 +102,21 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
         ) from None
 
 
-def batch_for(model: Any, rows: int, tokens: int, device: torch.device) -> Batch:
-    """Random tokens, the mask of a second row a quarter shorter, and labels where the model's class takes them."""
+def batch_for(model: Any, rows: int, tokens: int, device: torch.device, *, padded: bool = True) -> Batch:
+    """Random tokens, their mask, in which `padded` makes the second row a quarter shorter, and labels if the model's
+    class takes them. (rows, tokens - 2), less where the model has fewer positions.
+    """
     config = model.config
-    tokens = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    # RoBERTa's positions begin after the padding index: the last two stay free.
+    tokens = min(tokens, getattr(config, "max_position_embeddings", None) or tokens) - 2
     generator = torch.Generator().manual_seed(0)
-    # Ids below 3 are often special, the pad token among them; RoBERTa's positions depend on it.
+    # Ids below 3 are often special, the pad token among them.
     ids = torch.randint(
         min(3, config.vocab_size - 1), config.vocab_size, (rows, max(tokens - 2, 2)), generator=generator
     )
     real = torch.ones_like(ids, dtype=torch.bool)
-    real[1:2, -(ids.shape[1] // 4) :] = False
+    if padded:
+        real[1:2, -(ids.shape[1] // 4) :] = False
     batch = {"input_ids": ids, "attention_mask": real.long()}
     for end, labels in _LABELS.items():
         if type(model).__name__.endswith(end):
@@ -262,6 +266,7 @@ def check_model(directory: Path, device: torch.device) -> int:
     _print_report(after)
     lines = compare(before, after, batch_for(before, *_COMPARED, device), dtype)
     _print_errors(lines)
-    timed = batch_for(before, *(_TIMED_ON_GPU if device.type == "cuda" else _COMPARED), device)
+    size = _TIMED_ON_GPU if device.type == "cuda" else _COMPARED
+    timed = batch_for(before, *size, device, padded=False)
     _print_costs(cost(before, timed), cost(after, timed), timed)
     return 0 if all(line.ok for line in lines) else 1

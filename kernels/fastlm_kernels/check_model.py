@@ -104,16 +104,14 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
 
 def batch_for(model: Any, rows: int, tokens: int, device: torch.device, *, padded: bool = True) -> Batch:
     """Random tokens, their mask, in which `padded` makes the second row a quarter shorter, and labels if the model's
-    class takes them. (rows, tokens - 2), less where the model has fewer positions.
+    class takes them. (rows, tokens), less where the model has fewer positions.
     """
     config = model.config
-    # RoBERTa's positions begin after the padding index: the last two stay free.
-    tokens = min(tokens, getattr(config, "max_position_embeddings", None) or tokens) - 2
+    # Two positions stay free: RoBERTa's begin behind the padding index.
+    tokens = max(2, min(tokens, getattr(config, "max_position_embeddings", tokens + 2) - 2))
     generator = torch.Generator().manual_seed(0)
-    # Ids below 3 are often special, the pad token among them.
-    ids = torch.randint(
-        min(3, config.vocab_size - 1), config.vocab_size, (rows, max(tokens - 2, 2)), generator=generator
-    )
+    low = min(3, config.vocab_size - 1)  # ids below 3 are often special, the pad token among them
+    ids = torch.randint(low, config.vocab_size, (rows, tokens), generator=generator)
     real = torch.ones_like(ids, dtype=torch.bool)
     if padded:
         real[1:2, -(ids.shape[1] // 4) :] = False

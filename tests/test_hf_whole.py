@@ -114,6 +114,18 @@ def test_generation_is_token_for_token_with_growing_and_static_caches(family: st
     assert len(set(expected[:, -8:].flatten().tolist())) > 1  # the model says something
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+def test_several_tokens_after_a_cache(family: str) -> None:
+    model = fk.hf.patch(make_model(family).eval())
+    batch = make_batch("left")
+    ids, real = batch["input_ids"], batch["attention_mask"]
+    expected = fk.hf.unpatch(copy.deepcopy(model))(ids, attention_mask=real).logits
+    first = model(ids[:, :7], attention_mask=real[:, :7], use_cache=True)
+    second = model(ids[:, 7:], attention_mask=real, past_key_values=first.past_key_values, use_cache=True)
+    logits = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(logits[real.bool()], expected[real.bool()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.needs_kernels
 def test_generation_by_the_kernels() -> None:
     model, ids = make_model("mistral").eval(), make_batch("left")
@@ -139,14 +151,15 @@ def test_masks_are_no_larger_than_the_padding(monkeypatch: pytest.MonkeyPatch) -
     seen.clear()
     model(**make_batch("packed"))
     assert [(mask.starts.tolist(), mask.longest) for mask in seen] == [([0, 6, 16, 29, 32], 13)] * 2
-    # Documents in the style of flash attention, packed by the user.
+    # Documents as flash attention takes them.
     ids = make_batch("plain")["input_ids"].view(1, -1)
     starts = torch.tensor([0, 6, 16, 29, 32], dtype=torch.int32)
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 13, "max_length_k": 13}
     places = torch.cat([torch.arange(int(n)) for n in starts.diff()])[None]
-    flat = model(ids, position_ids=places).logits
-    model.eval()
-    torch.testing.assert_close(model(ids, position_ids=places, **lengths).logits, flat)
+    looked_for = model(ids, position_ids=places).logits
+    seen.clear()
+    assert torch.equal(model(ids, position_ids=places, **lengths).logits, looked_for)
+    assert [tuple(mask.shape) for mask in seen] == [(1, 1, 1, 0)] * 2
 
 
 def test_dropout_of_packed_documents_stays_inside_them() -> None:

@@ -140,13 +140,11 @@ def attention(
     # A window counts a query's own position.
     left = -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - 1
     window = (left, 0 if causal else left)
-    starts = kwargs.get("cu_seq_lens_q")
-    if isinstance(starts, Tensor) and attention_mask is None:
-        longest = max(kwargs["max_length_q"], kwargs["max_length_k"])
-        return _packed(query, key, value, starts, kwargs["cu_seq_lens_k"], longest, window, dropout, options), None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        longest = max(kwargs.get("max_length_q") or query.shape[2], kwargs.get("max_length_k") or key.shape[2])
+        attention_mask = Documents(kwargs["cu_seq_lens_q"], longest)
     if isinstance(attention_mask, Documents):
-        starts, longest = attention_mask
-        return _packed(query, key, value, starts, starts, longest, window, dropout, options), None
+        return _packed(query, key, value, attention_mask, window, dropout, options), None
     options["dropout_p"] = dropout
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.numel() > 0:
         options |= _read_mask(attention_mask, query.shape[2])
@@ -178,35 +176,22 @@ def _packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    starts: Tensor,
-    key_starts: Tensor,
-    longest: int,
+    documents: Documents,
     window: tuple[int, int],
     dropout: float,
     options: dict[str, Any],
 ) -> Tensor:
     """Attention inside documents that lie one after another through the batch's rows: (B, T, H, D)."""
-    if dropout > 0.0:
-        return _packed_with_dropout(query, key, value, starts, key_starts, window, dropout, options)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = varlen_attn(q, k, v, starts.int(), key_starts.int(), longest, longest, window_size=window, **options)
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
-
-
-def _packed_with_dropout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    key_starts: Tensor,
-    window: tuple[int, int],
-    dropout: float,
-    options: dict[str, Any],
-) -> Tensor:
-    """The same by a mask, which the function of packed documents has no dropout to do without. Equal Q and K only."""
     batch, _, length, _ = query.shape
-    at = torch.arange(batch * length, device=query.device)
-    document = torch.searchsorted(starts.to(at), at, right=True).view(batch, length)
-    same = document[:, None, :, None] == document[:, None, None, :]
-    out = scaled_dot_product_attention(query, key, value, same, dropout, window_size=window, **options)
-    return out.transpose(1, 2)
+    starts, longest = documents
+    if dropout > 0.0:
+        # The function of packed documents has no dropout: a mask says which keys are of a query's own.
+        at = torch.arange(batch * length, device=query.device)
+        document = torch.searchsorted(starts.to(at), at, right=True).view(batch, 1, length)
+        same = document[..., None] == document[:, :, None]
+        out = scaled_dot_product_attention(query, key, value, same, dropout, window_size=window, **options)
+        return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    starts = starts.int()
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=window, **options)
+    return out.unflatten(0, (batch, length))

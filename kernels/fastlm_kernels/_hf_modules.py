@@ -164,9 +164,9 @@ def _attention_of(module: Any) -> Callable[..., Any]:
         return _hf_attention.attention
     if name in (None, "eager"):
         return sys.modules[module._fastlm_original.__module__].eager_attention_forward
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return AttentionInterface()[name]
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _is_bare(module: torch.nn.Module) -> bool:
@@ -219,15 +219,19 @@ class Model(Patched):
 
 
 def _skip_mask(kwargs: dict[str, Any]) -> None:
-    """Positions that the model counts itself hold no packed documents: nothing to look for, which would wait."""
-    if any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values")):
+    """Pass no mask where the model would make the plain causal one, or where the caller says where documents begin.
+
+    Positions that the model counts itself hold no packed documents: looking for them would wait for the device.
+    """
+    told = kwargs.get("cu_seq_lens_q") is not None
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    tokens = embeds if ids is None else ids
-    if tokens is None:
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if tokens is None or (kwargs.get("position_ids") is not None and not told):
         return
     kwargs["attention_mask"] = _hf_attention.no_mask(tokens)
-    kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
 
 
 def output_class(original: Any) -> Any:

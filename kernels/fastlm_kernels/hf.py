@@ -167,14 +167,15 @@ def _not_called(switch: str) -> str:
 
 
 def _model_state(model: Any) -> tuple[bool, str]:
-    kind = _original(model)
+    kind, config = _original(model), model.config
     if _family(model) is None:
         known = ", ".join(FAMILIES)
-        return False, f"architecture {model.config.model_type!r} is not known (known: {known}); nothing was touched"
-    done = [] if not _has_our_attention(model.config) else ["attention"]
-    if isinstance(model, _hf_modules.Patched) and model._fastlm_options is not None:
-        done.append("loss with logits" if model._fastlm_options[1] else "loss without logits")
-    why = _why_no_attention(model.config)
+        return False, f"architecture {config.model_type!r} is not known (known: {known}); nothing was touched"
+    done = ["attention"] if _has_our_attention(config) else []
+    options = model._fastlm_options if _is_patched(model) else None
+    if options is not None:
+        done.append("the model's own loss, with logits" if options[1] else "loss without logits")
+    why = _why_no_attention(config)
     left = [] if why is None else [why]
     if kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is None:
         left.append("the loss: no class of results is known")
@@ -184,11 +185,12 @@ def _model_state(model: Any) -> tuple[bool, str]:
 def _original(module: Any) -> Any:
     """The module's own class, behind ours."""
     kind = type(module)
-    return module._fastlm_original if isinstance(module, _hf_modules.Patched) else _ORIGINALS.get(kind, kind)
+    return _ORIGINALS.get(kind, getattr(kind, "_fastlm_original", kind))
 
 
 def _is_patched(module: torch.nn.Module) -> bool:
-    return isinstance(module, _hf_modules.Patched) or type(module) in _ORIGINALS
+    # Its very class: a subclass made since then by others (FSDP) is not ours to take away.
+    return "_fastlm_original" in vars(type(module)) or type(module) in _ORIGINALS
 
 
 def _pretrained() -> Any:

@@ -36,12 +36,12 @@ def _extensible(module: Any, layer_name: str) -> Any:
 
 
 def _kernelize(model: torch.nn.Module, names: dict[str, str], repository: Path) -> None:
-    """Let the modules that go by the keys run on our layers of these names; an error where one is refused."""
+    """Let the modules that go by the keys run on our layers of these names."""
     from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 
     mapping: Any = {key: {"cpu": LocalLayerRepository(repository, layer_name=name)} for key, name in names.items()}
     with use_kernel_mapping(mapping, inherit_mapping=False):
-        kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu", use_fallback=False)
+        kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
 
 
 def _results(model: Callable[..., Any], parameters: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:

@@ -227,7 +227,7 @@ def _check_kernels(names: list[str] | None, device: torch.device) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the kernels, or a patched model; the exit code."""
-    parser = Parser("fastlm_kernels.check", __doc__)
+    parser = Parser(f"{__package__}.check", __doc__)
     parser.add_argument("--kernel", action="append", metavar="NAME", help="one kernel (may be repeated)")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model to patch and compare")
     parser.add_argument("--device", metavar="D", help="cuda where there is a GPU, else cpu")

@@ -101,7 +101,7 @@ def write(directory: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the repository and say how to load it."""
-    parser = Parser("fastlm_kernels.hub", __doc__)
+    parser = Parser(f"{__package__}.hub", __doc__)
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a directory that does not exist yet")
     directory = parser.parse_args(argv).to
     write(directory)

@@ -11,8 +11,8 @@ and the rule check.py's, for the root mean square: rms(err) / u <= 2 rms(err of 
 term of u is for gradients that are zero but for rounding: those of the bias of attention's keys. Parameters are bf16 on
 a GPU and fp32 elsewhere; the fp64 run takes 8 bytes a parameter, and as much again for its gradients.
 
-Time and memory are of forward and backward in training mode: the best of several runs, the peak on a GPU, and the bytes
-that forward keeps for backward, parameters left out.
+Time and memory are of forward and backward in training mode: the best of several runs, the peak on a GPU, gradients
+included, and the bytes that forward keeps for backward; parameters are left out.
 """
 
 from __future__ import annotations
@@ -193,14 +193,17 @@ def cost(model: Any, batch: Batch) -> Cost:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss_of(model, batch).backward()
     on_gpu = next(iter(batch.values())).is_cuda
-    seconds = float("inf")
+    seconds, at_rest = float("inf"), 0
+    model.zero_grad()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+        at_rest = torch.cuda.memory_allocated()
     for _ in range(_ROUNDS):
         model.zero_grad()
         seconds = min(seconds, _seconds(lambda: loss_of(model, batch).backward(), on_gpu))
     model.zero_grad()
-    return Cost(seconds, sum(kept.values()), torch.cuda.max_memory_allocated() if on_gpu else None)
+    peak = torch.cuda.max_memory_allocated() - at_rest if on_gpu else None
+    return Cost(seconds, sum(kept.values()), peak)
 
 
 def _seconds(call: Callable[[], Any], on_gpu: bool) -> float:
@@ -250,7 +253,7 @@ def _print_costs(before: Cost, after: Cost, batch: Batch) -> None:
         ("MiB kept for backward", before.kept / 2**20, after.kept / 2**20),
     ]
     if before.peak is not None and after.peak is not None:
-        table.append(("MiB at the peak", before.peak / 2**20, after.peak / 2**20))
+        table.append(("MiB at the peak, parameters left out", before.peak / 2**20, after.peak / 2**20))
     for name, old, new in table:
         sys.stdout.write(f"{name:40}{old:10.2f}{new:10.2f}{old / new if new else float('inf'):8.2f}\n")
 

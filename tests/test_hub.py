@@ -16,6 +16,7 @@ from fastlm_kernels import hub, layers
 from fastlm_kernels._command import run
 
 WIDTH = 16
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -81,37 +82,38 @@ def _norm(family: str) -> torch.nn.Module:
     return {"llama": LlamaRMSNorm, "gemma": Gemma2RMSNorm}[family](WIDTH)
 
 
-# (our layer, what it stands in for, dtype of the parameters)
-CASES: dict[str, tuple[str, Callable[[], torch.nn.Module], torch.dtype]] = {
-    "LayerNorm": ("LayerNorm", lambda: torch.nn.LayerNorm(WIDTH), torch.float32),
-    "RMSNorm": ("RMSNorm", lambda: _norm("llama"), torch.float32),
-    "RMSNorm bf16": ("RMSNorm", lambda: _norm("llama"), torch.bfloat16),
-    "RMSNormZeroCentered": ("RMSNormZeroCentered", lambda: _norm("gemma"), torch.float32),
-    "SiLU": ("SiLU", lambda: _activation("silu"), torch.float32),
-    "GeLU": ("GeLU", lambda: _activation("gelu"), torch.float32),
-    "GeluTanh": ("GeluTanh", lambda: _activation("gelu_pytorch_tanh"), torch.float32),
-    "GeluTanh new": ("GeluTanh", lambda: _activation("gelu_new"), torch.float32),
-    "SiluAndMul": ("SiluAndMul", lambda: _Merged(torch.nn.functional.silu), torch.float32),
-    "GeluAndMul": ("GeluAndMul", lambda: _Merged(torch.nn.functional.gelu), torch.float32),
-    "SwiGLUMLP": ("SwiGLUMLP", lambda: _gated("silu"), torch.float32),
-    "GEGLUMLP": ("GEGLUMLP", lambda: _gated("gelu_pytorch_tanh"), torch.float32),
+# (our layer, what it stands in for, the parameters' dtype and the input's)
+CASES: dict[str, tuple[str, Callable[[], torch.nn.Module], torch.dtype, torch.dtype]] = {
+    "LayerNorm": ("LayerNorm", lambda: torch.nn.LayerNorm(WIDTH), FP32, FP32),
+    "RMSNorm": ("RMSNorm", lambda: _norm("llama"), FP32, FP32),
+    "RMSNorm bf16": ("RMSNorm", lambda: _norm("llama"), BF16, FP32),
+    "RMSNorm bf16 input": ("RMSNorm", lambda: _norm("llama"), FP32, BF16),
+    "RMSNormZeroCentered": ("RMSNormZeroCentered", lambda: _norm("gemma"), FP32, FP32),
+    "SiLU": ("SiLU", lambda: _activation("silu"), FP32, FP32),
+    "GeLU": ("GeLU", lambda: _activation("gelu"), FP32, FP32),
+    "GeluTanh": ("GeluTanh", lambda: _activation("gelu_pytorch_tanh"), FP32, FP32),
+    "GeluTanh new": ("GeluTanh", lambda: _activation("gelu_new"), FP32, FP32),
+    "SiluAndMul": ("SiluAndMul", lambda: _Merged(torch.nn.functional.silu), FP32, FP32),
+    "GeluAndMul": ("GeluAndMul", lambda: _Merged(torch.nn.functional.gelu), FP32, FP32),
+    "SwiGLUMLP": ("SwiGLUMLP", lambda: _gated("silu"), FP32, FP32),
+    "GEGLUMLP": ("GEGLUMLP", lambda: _gated("gelu_pytorch_tanh"), FP32, FP32),
 }
 
 
 def test_every_layer_is_compared() -> None:
-    assert {name for name, _, _ in CASES.values()} | {"RotaryPosEmb"} == set(layers.__all__)
+    assert {name for name, *_ in CASES.values()} | {"RotaryPosEmb"} == set(layers.__all__)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_equals_the_module_it_stands_in_for(case: str, repository: Path) -> None:
-    """Values, dtypes and gradients; fp32 input meets bf16 parameters too."""
-    layer_name, make, dtype = CASES[case]
+    """Values, dtypes and gradients, also where input and parameters differ in dtype."""
+    layer_name, make, dtype, input_dtype = CASES[case]
     torch.manual_seed(0)
     module = _extensible(make().to(dtype), "TheLayer")
     with torch.no_grad():
         for p in module.parameters():
             p.normal_()
-    x = torch.randn(2, 3, WIDTH, requires_grad=True)
+    x = torch.randn(2, 3, WIDTH, dtype=input_dtype, requires_grad=True)
     parameters = list(module.parameters())
     expected = _results(module, parameters, x)
     _kernelize(module, {"TheLayer": layer_name}, repository)

@@ -211,6 +211,11 @@ def test_compiled_whole(family: str, kind: str) -> None:
     _assert_close(_loss_and_gradients(compiled, **batch), _loss_and_gradients(model, **batch))
 
 
+@pytest.mark.needs_kernels
+def test_compiled_whole_with_the_kernels() -> None:
+    test_compiled_whole("llama", "left")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, after a graph break
 def test_compiled_with_packed_documents() -> None:
     torch._dynamo.reset()
@@ -232,7 +237,10 @@ def test_copies_pickles_and_saved_models(family: str, tmp_path: Path) -> None:
     torch.save(patched, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    for copied in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched)), loaded):
+    pickled = pickle.dumps(patched)
+    for table in (tf.AttentionInterface, tf.AttentionMaskInterface):
+        table._global_mapping.pop(_hf_attention.KEY)  # as in a new process
+    for copied in (pickle.loads(pickled), copy.deepcopy(patched), loaded):
         assert [type(m) for m in copied.modules()] == [type(m) for m in patched.modules()]
         assert copied.config is not patched.config
         assert torch.equal(copied(ids).logits, logits)
@@ -263,6 +271,30 @@ def test_lora(patch_first: bool) -> None:
         found.append(_loss_and_gradients(tuned, **batch))
     assert len(found[0]) == 13  # two matrices of three modules in two layers, and the loss
     _assert_close(found[1], found[0])
+
+
+def test_trainer_accumulates(tmp_path: Path) -> None:
+    rows = torch.randint(3, VOCAB, (8, 8), generator=torch.Generator().manual_seed(2))
+    # Micro-batches of unequal numbers of labels, which a mean of means would weigh wrongly.
+    data = [{"input_ids": row, "labels": row.masked_fill(torch.arange(8) < i, -100)} for i, row in enumerate(rows)]
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    options |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    logs = []
+    for model in (make_model("llama"), fk.hf.patch(make_model("llama"))):
+        trainer = tf.Trainer(model, tf.TrainingArguments(str(tmp_path), **options), train_dataset=data)
+        trainer.train()
+        logs.append([line[key] for line in trainer.state.log_history for key in ("loss", "grad_norm") if key in line])
+    assert len(logs[0]) == 4
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+def test_hooks_are_called() -> None:
+    batch, patched = make_batch("plain"), fk.hf.patch(make_model("qwen3"))
+    called: list[str] = []
+    for name in ("model.norm", "model.layers.0.self_attn.q_norm", "lm_head"):
+        patched.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    _assert_close(_loss_and_gradients(patched, **batch), _loss_and_gradients(make_model("qwen3"), **batch))
+    assert called == ["model.layers.0.self_attn.q_norm", "model.norm", "lm_head"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -341,6 +373,11 @@ def test_what_is_not_known_is_left_alone_and_reported() -> None:
         "model.layers.1.mlp": "has a forward of its own",
     }
     assert lines["model.layers.0.self_attn"].reason == "rotary embedding, attention"
+    old = make_model("gpt2")
+    for module in (old, old.transformer):
+        module._supports_attention_backend = False  # transformers 4's BERT
+    assert "does not look it up" in str(fk.hf.report(fk.hf.patch(old)))
+    assert old.config._attn_implementation == "sdpa"
     wants = fk.hf.patch(
         tf.LlamaForCausalLM(tf.LlamaConfig(**GATED, output_attentions=True, attn_implementation="eager"))
     )
@@ -366,7 +403,7 @@ def test_a_model_inside_a_module_of_your_own() -> None:
     fk.hf.patch(model)
     torch.testing.assert_close(model(ids), expected)
     patched = {line.name for line in fk.hf.report(model) if line.patched}
-    assert {"norm", "encoder", "encoder.encoder.layer.0.attention.self"} <= patched
+    assert {"norm", "encoder.embeddings.LayerNorm"} <= patched
     assert torch.equal(fk.hf.unpatch(model)(ids), expected)
 
 

@@ -125,18 +125,11 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, T, D), key and value (B, Hk, S, D); (B, T, H, D) and no weights.
 
-    attention_mask is what `mask` returned, or a mask (B, 1 or H, T, S) of the user's. ValueError for what only a
-    model's own attention computes.
+    attention_mask is what `mask` returned, or a mask (B, 1 or H, T, S) of the user's; ValueError for a model's sinks.
     """
-    for name in _FOREIGN:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: the patched attention does not know it; patch with attention=False")
+    _check_foreign(kwargs)
     causal = _is_causal(module, is_causal)
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": softcap,
-        "enable_gqa": query.shape[1] != key.shape[1],
-    }
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "enable_gqa": query.shape[1] != key.shape[1]}
     # A window counts a query's own position.
     left = -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - 1
     window = (left, 0 if causal else left)
@@ -156,6 +149,12 @@ def attention(
         options["causal_align"] = "top_left" if query.shape[2] == key.shape[2] else "bottom_right"
         options["window_size"] = (left, -1 if causal else left)
     return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
+
+
+def _check_foreign(kwargs: dict[str, Any]) -> None:
+    for name in _FOREIGN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: the patched attention does not know it; patch with attention=False")
 
 
 def _is_causal(module: Any, told: bool | None) -> bool:

@@ -107,9 +107,8 @@ def patch(
     loss         while training with labels, the loss of a language model without its logits: `logits` is None.
                  keep_logits=True keeps the model's own loss and logits. In eval mode both are the model's own.
 
-    Patching again is harmless: the last call's switches hold. Of a model of an architecture outside FAMILIES nothing
-    is touched; `report(model)` says what was done and why. A patched model survives deepcopy, pickle and
-    save_pretrained. ValueError for anything but a module, or a switch that is not a bool.
+    Patching again is harmless: the last call's switches hold. Of an architecture outside FAMILIES nothing is touched;
+    `report(model)` says what was done and why. ValueError for anything but a module, or a switch that is not a bool.
     """
     switches = {"attention": attention, "norm": norm, "mlp": mlp, "rotary": rotary, "loss": loss}
     for name, value in {**switches, "keep_logits": keep_logits}.items():
@@ -175,7 +174,7 @@ def _model_state(model: Any) -> tuple[bool, str]:
     options = model._fastlm_options if _is_patched(model) else None
     if options is not None:
         done.append("the model's own loss, with logits" if options[1] else "loss without logits")
-    why = _why_no_attention(config)
+    why = _why_no_attention(model)
     left = [] if why is None else [why]
     if kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is None:
         left.append("the loss: no class of results is known")
@@ -317,8 +316,10 @@ def _model_class(model: Any, switches: dict[str, bool], keep_logits: bool) -> ty
     return _hf_modules.patched(_hf_modules.Model, kind, (family.head, keep_logits) if loss else None)
 
 
-def _why_no_attention(config: Any) -> str | None:
-    if getattr(config, "output_attentions", False):
+def _why_no_attention(model: Any) -> str | None:
+    if not getattr(model, "_supports_attention_backend", False):
+        return "attention: in this version of transformers the model does not look it up"
+    if getattr(model.config, "output_attentions", False):
         return "attention: output_attentions=True wants its weights, which no kernel keeps"
     return None
 
@@ -333,8 +334,8 @@ def _take_attention(model: torch.nn.Module) -> None:
     copies: dict[int, Any] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        known = isinstance(module, pretrained) and config.model_type in FAMILIES
-        if known and id(config) not in copies and _why_no_attention(config) is None:
+        known = isinstance(module, pretrained) and _family(module) is not None
+        if known and id(config) not in copies and _why_no_attention(module) is None:
             copies[id(config)] = copy.deepcopy(config)
             copies[id(config)]._attn_implementation = _hf_attention.KEY
     if not copies:

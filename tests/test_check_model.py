@@ -85,7 +85,7 @@ def test_bytes_kept_for_backward_are_counted_once() -> None:
         def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.linear(input_ids).tanh(),)
 
-    cost = check_model.cost(Model(), {"input_ids": torch.randn(4, 8)})
+    cost = check_model.cost(Model(), {"input_ids": torch.randn(4, 8, requires_grad=True)})
     assert cost.kept == 4 * (4 * 8 + 4 * 16)  # the input, and tanh's result, which the mean square keeps too
     assert cost.peak is None
     assert cost.seconds > 0

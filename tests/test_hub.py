@@ -186,6 +186,12 @@ def test_the_loader_sees_a_whole_package_beside_this_one(repository: Path) -> No
         assert not list(build.rglob("aot_report*"))
 
 
+def test_another_content_is_another_module() -> None:
+    """The loader keeps modules by their id: a newer build must not be taken for the one that is loaded."""
+    ids = [hub._metadata("cpu", {"nn.py": digest})["id"] for digest in ("old", "new", "new")]
+    assert ids[0] != ids[1] == ids[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [

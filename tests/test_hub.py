@@ -134,9 +134,9 @@ def test_a_model_of_transformers_runs_on_the_loaded_layers(repository: Path, mon
     if not hasattr(rotate, "kernel_layer_name"):
         rotate = use_kernel_forward_from_hub("rotary_pos_emb")(rotate)
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
-    model = tiny_llama(num_hidden_layers=2)
+    model = tiny_llama()
     parameters = list(model.parameters())
-    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(0))
 
     def run_model() -> tuple[Tensor, Tensor]:
         outputs = model(input_ids=ids, labels=ids)
@@ -154,7 +154,7 @@ def test_a_model_of_transformers_runs_on_the_loaded_layers(repository: Path, mon
     _kernelize(model, names, repository)
     try:
         ours = [m for m in (*model.modules(), rotate) if m.forward.__module__.startswith("fastlm_kernels_cpu_")]
-        assert len(ours) >= 5 + 2 + 1
+        assert len(ours) >= 3 + 1 + 1  # norms, the MLP, the rotation
         for got, want in zip(_results(run_model, parameters), expected, strict=True):
             torch.testing.assert_close(got, want)
         norm = torch.compile(model.model.norm, fullgraph=True, backend="aot_eager")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 # Tests are many small operators, often several processes at once, where a second thread a process only waits for the
 # others: on two busy cores the suite took ten times as long. Set before torch is imported; subprocesses inherit it.
@@ -23,50 +22,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from fastlm_kernels import _runtime
+from fastlm_kernels import _interpreter, _runtime
 
 CAN_RUN_KERNELS = _runtime.INTERPRETED or (_runtime.HAS_TRITON and torch.cuda.is_available())
 CAN_COMPILE = _runtime.HAS_TRITON and not _runtime.INTERPRETED
 CAN_INTERPRET = CAN_COMPILE  # in a subprocess
 
 
-def _mend_bf16_in_the_interpreter() -> None:
-    """Triton's interpreter keeps bf16 as its bits: it multiplies matrices of those bits, and truncates to them.
-
-    Here products are of the numbers, and conversions round to nearest even, as on hardware.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder: Any = interpreter.InterpreterBuilder
-    handle: Any = interpreter.TensorHandle
-    multiply, cast = builder.create_dot, builder.cast_impl
-
-    def wide(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return multiply(self, wide(a), wide(b), *rest)
-
-    def cast_impl(self: Any, x: Any, to: Any) -> Any:
-        if x.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
-            return cast(self, x, to)
-        bits = np.ascontiguousarray(x.data).view(np.uint32)
-        rounded = bits + (0x7FFF + ((bits >> 16) & 1))
-        kept = np.where(np.isnan(x.data), bits | 0x400000, rounded) >> 16
-        return handle(kept.astype(np.uint16).reshape(np.shape(x.data)), tl.bfloat16)
-
-    builder.create_dot = create_dot
-    builder.cast_impl = cast_impl
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; mend the interpreter."""
     if _runtime.INTERPRETED:
-        _mend_bf16_in_the_interpreter()
+        _interpreter.mend_bf16()
     config.addinivalue_line("markers", "needs_kernels: runs Triton kernels (GPU, or TRITON_INTERPRET=1)")
     config.addinivalue_line("markers", "both_paths: runs on PyTorch's path and again on the kernels'")
     config.addinivalue_line("markers", "needs_compiler: compiles Triton kernels")

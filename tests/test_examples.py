@@ -4,27 +4,65 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = ("adamw_plain_loop", "bert_classifier", "gpt2_trainer", "llama_lora", "nanogpt_loop")
 
 
-def test_there_are_examples() -> None:
-    assert [path.name for path in EXAMPLES] == ["adamw_plain_loop.py"]
+def run_main(name: str, *arguments: Any, **options: Any) -> Any:
+    """What the `main` of examples/name.py gives."""
+    return runpy.run_path(str(FOLDER / f"{name}.py"))["main"](*arguments, **options)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 80
+def test_these_are_the_examples() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == list(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short_and_says_how_to_run_it(name: str) -> None:
+    text = (FOLDER / f"{name}.py").read_text()
+    assert len(text.splitlines()) < 80
+    assert f"python examples/{name}.py" in text.split('"""')[1]
 
 
 def test_the_plain_loop_learns() -> None:
-    losses = runpy.run_path(str(EXAMPLES[0]))["main"](60)
+    losses = run_main("adamw_plain_loop", 60)
     assert losses[-1] < 0.2 * losses[0]
 
 
 @pytest.mark.needs_kernels
 def test_the_plain_loop_learns_with_the_kernels() -> None:
-    losses = runpy.run_path(str(EXAMPLES[0]))["main"](12)
+    losses = run_main("adamw_plain_loop", 12)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_nanogpt_learns(capsys: pytest.CaptureFixture) -> None:
+    losses = run_main("nanogpt_loop", 60, batch_size=8)
+    assert losses[-1] < 0.7 * losses[0]
+    assert capsys.readouterr().out.startswith("    def ")
+
+
+def test_bert_learns() -> None:
+    losses, accuracy = run_main("bert_classifier", 400, 16)
+    assert len(losses) == 2 * (720 // 16)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert accuracy > 0.8
+
+
+def test_gpt2_learns_under_the_trainer(tmp_path: Path) -> None:
+    losses, held_out = run_main("gpt2_trainer", str(tmp_path), epochs=1)
+    assert losses[-1] < 0.9 * losses[0]
+    assert held_out < 0.9 * losses[0]
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+# PEFT 0.21 reads what transformers 5.23 deprecates.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_adapts_a_llama() -> None:
+    losses, (before, after) = run_main("llama_lora", steps=20)
+    assert losses[0] == pytest.approx(before, rel=1e-4)  # an adapter starts as nothing
+    assert after < 0.6 * before
+    assert after < 1.01 * losses[-1]

@@ -23,6 +23,12 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], Callable[[], tuple[
     "RMSNorm eps": ("RMSNorm", (12, 1e-2), {"elementwise_affine": False}, lambda: (torch.randn(3, 12),)),
     "GELU": ("GELU", (), {}, lambda: (torch.randn(3, 12),)),
     "GELU tanh": ("GELU", ("tanh",), {}, lambda: (torch.randn(3, 12),)),
+    "SiLU": ("SiLU", (), {}, lambda: (torch.randn(3, 12),)),
+    "Sigmoid": ("Sigmoid", (), {}, lambda: (torch.randn(3, 12),)),
+    "Tanh": ("Tanh", (), {}, lambda: (torch.randn(3, 12),)),
+    "Softmax": ("Softmax", (-1,), {}, lambda: (torch.randn(3, 5, 12),)),
+    "Softmax dim 1": ("Softmax", (1,), {}, lambda: (torch.randn(3, 5, 12),)),
+    "LogSoftmax": ("LogSoftmax", (), {"dim": -1}, lambda: (torch.randn(3, 12),)),
     "CrossEntropyLoss": ("CrossEntropyLoss", (), {}, lambda: (torch.randn(4, 6), torch.tensor([0, 5, -100, 2]))),
     "CrossEntropyLoss all options": (
         "CrossEntropyLoss",
@@ -57,15 +63,34 @@ def test_equals_torchs_module(case: str) -> None:
     assert repr(ours) == repr(theirs)
 
 
-@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GELU", "CrossEntropyLoss"])
+FUNCTIONS = {
+    "LayerNorm": ("layer_norm", (4,)),
+    "RMSNorm": ("rms_norm", (4,)),
+    "GELU": ("gelu", ()),
+    "SiLU": ("silu", ()),
+    "Sigmoid": ("sigmoid", ()),
+    "Tanh": ("tanh", ()),
+    "Softmax": ("softmax", (-1,)),
+    "LogSoftmax": ("log_softmax", (-1,)),
+    "CrossEntropyLoss": ("cross_entropy", ()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_modules_call_our_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm", "GELU": "gelu", "CrossEntropyLoss": "cross_entropy"}
+    function, arguments = FUNCTIONS[name]
     called = []
-    monkeypatch.setattr(fk.nn, function[name], lambda *args, **kwargs: called.append(name) or args[0])
-    arguments = {"LayerNorm": (4,), "RMSNorm": (4,), "GELU": (), "CrossEntropyLoss": ()}[name]
+    monkeypatch.setattr(fk.nn, function, lambda *args, **kwargs: called.append(name) or args[0])
     module = getattr(fk.nn, name)(*arguments)
     module(torch.randn(2, 4), *([torch.tensor([0, 1])] if name == "CrossEntropyLoss" else []))
     assert called == [name]
+
+
+@pytest.mark.parametrize("name", ["Softmax", "LogSoftmax"])
+def test_a_missing_dim_warns_as_torchs_module_does(name: str) -> None:
+    for module in (getattr(torch.nn, name)(), getattr(fk.nn, name)()):
+        with pytest.warns(UserWarning, match="Implicit dimension choice"):
+            module(torch.randn(2, 4))
 
 
 def test_half_precision_loss_is_fp32() -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm_kernels as fk
 from fastlm_kernels import patching
 
 pytestmark = pytest.mark.both_paths
+
+# New in torch 2.13; before that, and in this model alone, ours.
+LINEAR_CROSS_ENTROPY = getattr(nn, "LinearCrossEntropyLoss", fk.nn.LinearCrossEntropyLoss)
+FUNCTIONS = ("layer_norm", "rms_norm", "gelu", "silu", "sigmoid", "tanh", "softmax", "log_softmax", "cross_entropy")
+FUNCTIONS += ("linear_cross_entropy",)
 
 
 class OwnNorm(nn.LayerNorm):
@@ -35,13 +42,16 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Sequential(nn.RMSNorm(8, 1e-3)))
+        self.gates = nn.Sequential(nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.Softmax(-1), nn.LogSoftmax(-1))
         self.own = OwnNorm(8)
         self.ours = fk.nn.LayerNorm(8)
         self.tiny = TinyRMSNorm()
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+        self.head = LINEAR_CROSS_ENTROPY(8, 6, bias=True, weight=torch.ones(6))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return self.loss(self.tiny(self.ours(self.own(self.layers(x)))), target)
+        x = self.tiny(self.ours(self.own(self.layers(x))))
+        return self.loss(x + self.gates(x), target) + self.head(x, target)
 
 
 def _model() -> Model:
@@ -89,7 +99,7 @@ def test_patched_model_computes_the_same_with_the_same_parameters() -> None:
 
 def test_patched_modules_call_our_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in ("layer_norm", "rms_norm", "gelu", "cross_entropy"):
+    for name in FUNCTIONS:
         original = getattr(fk.nn, name)
 
         def spy(*args: object, _name: str = name, _original: object = original, **kwargs: object) -> object:
@@ -99,10 +109,11 @@ def test_patched_modules_call_our_functions(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fk.nn, name, spy)
     model = _model()
     _loss_and_gradients(model)
-    assert called == ["layer_norm"]  # `ours` alone
+    from_the_start = [] if hasattr(nn, "LinearCrossEntropyLoss") else ["linear_cross_entropy"]
+    assert called == ["layer_norm", *from_the_start]
     called.clear()
     _loss_and_gradients(fk.patch(model))
-    assert sorted(called) == ["cross_entropy", "gelu", "layer_norm", "layer_norm", "rms_norm"]
+    assert sorted(called) == sorted([*FUNCTIONS, "layer_norm"])
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -120,13 +131,20 @@ def test_unpatch_restores_exactly(times: int) -> None:
     assert _classes(fk.unpatch(untouched)) == before
 
 
+def _torchs_names() -> dict[str, dict[str, object]]:
+    """What each name of torch.nn, its functions and every class of its modules stands for."""
+    owners = [nn, F, *(cls for cls in vars(nn).values() if isinstance(cls, type))]
+    return {f"{type(owner).__name__} {owner.__name__}": dict(vars(owner)) for owner in owners}
+
+
 def test_other_models_and_torch_itself_stay_as_they_are() -> None:
     other = _model()
-    before = _classes(other)
-    forwards = [cls.forward for cls in patching.REPLACEMENTS]
-    fk.patch(_model())
+    before, expected, snapshot = _classes(other), _loss_and_gradients(other), _torchs_names()
+    _loss_and_gradients(fk.patch(_model()))
     assert _classes(other) == before
-    assert [cls.forward for cls in patching.REPLACEMENTS] == forwards
+    for a, b in zip(_loss_and_gradients(other), expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert _torchs_names() == snapshot
 
 
 def test_a_single_module_and_an_instance_with_its_own_forward() -> None:
@@ -165,6 +183,23 @@ def test_patched_model_survives_deepcopy_and_pickle() -> None:
     assert _classes(model) == _classes(fk.patch(_model()))
 
 
+def test_compiled_model_follows_patch_and_unpatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that `patch` changes is one of the things that the compiler guards on."""
+    monkeypatch.setattr(fk.nn, "gelu", lambda x, approximate: 2 * x)  # so that it shows which one ran
+    model = _model()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for change in (fk.unpatch, fk.patch, fk.unpatch):
+        change(model)
+        _assert_close(_loss_and_gradients(compiled), _loss_and_gradients(model))
+
+
+def test_parametrised_modules_are_left_alone() -> None:
+    """Their class is made on the spot, and its forward may be anything."""
+    norm = nn.utils.parametrize.register_parametrization(nn.LayerNorm(4), "weight", nn.Identity())
+    kind = type(norm)
+    assert type(fk.patch(norm)) is kind
+
+
 @pytest.mark.parametrize("function", [fk.patch, fk.unpatch, fk.hf.patch, fk.hf.unpatch])
 def test_anything_but_a_module_is_a_value_error(function: object) -> None:
     with pytest.raises(ValueError, match=r"module: got function; give a torch\.nn\.Module"):
@@ -177,13 +212,14 @@ def test_hugging_face_hooks_patch_what_they_can_and_report_the_rest() -> None:
     lines = {line.name: line for line in fk.hf.report(model)}
     assert {name for name, line in lines.items() if not line.patched} == set(lines)
     assert "call patch(model)" in lines["layers.1"].reason
+    assert set(lines) > {"layers.1", "layers.2", "layers.3.0", "gates.0", "loss"}
     fk.hf.patch(model)
     report = fk.hf.report(model)
     lines = {line.name: line for line in report}
-    assert {name for name, line in lines.items() if line.patched} == {"layers.1", "layers.2", "layers.3.0", "loss"}
-    assert lines["layers.1"].module == "LayerNorm"
+    assert {name for name, line in lines.items() if not line.patched} == {"tiny"}
+    assert lines["layers.1"].module.endswith("LayerNorm")
     assert not lines["tiny"].patched
-    assert "arrives with" in lines["tiny"].reason
+    assert "unknown kind" in lines["tiny"].reason
     text = str(report)
     assert len(text.splitlines()) == len(report)
     assert "tiny" in text

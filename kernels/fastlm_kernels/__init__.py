@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from . import hf, nn, optim
+from . import hf, layers, nn, optim
 from ._runtime import Explanation, backend, explain
 from .activation import geglu, gelu, relu_squared, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention, varlen_attn
@@ -27,6 +27,7 @@ __all__ = [
     "gelu",
     "hf",
     "layer_norm",
+    "layers",
     "linear_cross_entropy",
     "log_softmax",
     "nn",

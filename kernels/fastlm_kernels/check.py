@@ -1,4 +1,7 @@
 """Is every kernel as accurate as PyTorch's op?   python -m fastlm_kernels.check [--kernel NAME] [--device D]
+And a whole model, patched?                     python -m fastlm_kernels.check --model DIR [--device D]
+
+One table; exit code 0 if everything passes, 1 if not, 2 for bad arguments. --model is told of in check_model.py.
 
 The rule, for the output and every gradient, in fp32 as in fp16 and bf16. The unit of error of an element is
 
@@ -16,22 +19,23 @@ ones; of fewer than 8 elements the largest error alone.
 
 On a CPU, TRITON_INTERPRET=1 runs the kernels themselves. Triton 3.6's interpreter fails on loops with run-time bounds
 under numpy 2.4 and newer: use an older numpy, or Triton 3.7. Neither version's interpreter multiplies bf16 matrices
-rightly: attention's bf16 cases fail there. The test suite mends the interpreter first, and they pass.
+rightly, so that this command mends it first (_interpreter.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _runtime
+from . import _interpreter, _runtime
+from ._command import BadInput, Parser, device_argument, run
 from .registry import KERNELS, Arguments, Case, Kernel, case_name, generator_of, random_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -179,43 +183,66 @@ def _rows(names: list[str] | None, device: torch.device) -> Iterator[tuple[bool,
                 yield _row(kernel, case, dtype, device)
 
 
+def _columns(kernel: str, dtype: str, case: str) -> str:
+    """The first three columns, as wide as the registry's longest entries."""
+    names, cases = (k.name for k in KERNELS), (case_name(c) for k in KERNELS for c in k.small)
+    return f"{kernel:{max(map(len, names)) + 2}}{dtype:10}{case:{max(map(len, cases)) + 2}}"
+
+
 def _row(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     errors = check_kernel(kernel, case, dtype, device)
     path = _runtime.explain(kernel.fused, **kernel.inputs(dtype, device, 0, **case)).path
     worst = max(errors, key=lambda e: (not e.ok, e.worst / e.worst_allowed))
     ok = all(e.ok for e in errors)
-    label = f"{kernel.name:16}{str(dtype).removeprefix('torch.'):10}{case_name(case):28}{path:8}"
+    label = f"{_columns(kernel.name, str(dtype).removeprefix('torch.'), case_name(case))}{path:8}"
     numbers = f"{worst.worst:9.2f}{worst.worst_allowed:9.2f}{worst.rms:9.3f}{worst.rms_allowed:9.3f}"
-    return ok, f"{label}{worst.quantity:22}{numbers}  {'ok' if ok else 'FAIL'}"
+    return ok, f"{label}{worst.quantity:26}{numbers}  {'ok' if ok else 'FAIL'}"
 
 
-def _where(device: torch.device) -> str:
+def where(device: torch.device) -> str:
+    """Where the kernels run on `device`, for a table's first line."""
     if device.type == "cuda":
         return f"on {torch.cuda.get_device_name(device)}"
     if _runtime.INTERPRETED:
         return "in Triton's interpreter on the CPU"
-    return "on the CPU: PyTorch's own path (set TRITON_INTERPRET=1 to run the kernels)"
+    return f"on the {device.type.upper()}: PyTorch's own path (set TRITON_INTERPRET=1 to run the kernels)"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check the kernels, print one table; 0 if every one passes, 1 if not."""
-    parser = argparse.ArgumentParser(prog="python -m fastlm_kernels.check", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _check_kernels(names: list[str] | None, device: torch.device) -> int:
+    """Print the table of kernels; 0 if every one passes, 1 if not."""
     known = [kernel.name for kernel in KERNELS]
-    parser.add_argument("--kernel", action="append", choices=known, help="one kernel (may be repeated)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    sys.stdout.write(f"fastlm_kernels {_where(device)}; errors in units, the worst result of each case\n")
-    header = f"{'kernel':16}{'dtype':10}{'case':28}{'path':8}{'worst result':22}"
+    for name in names or []:
+        if name not in known:
+            raise BadInput("--kernel", name, f"give one of {', '.join(known)}")
+    sys.stdout.write(f"fastlm_kernels {where(device)}; errors in units, the worst result of each case\n")
+    header = f"{_columns('kernel', 'dtype', 'case')}{'path':8}{'worst result':26}"
     sys.stdout.write(f"{header}{'max':>9}{'allowed':>9}{'rms':>9}{'allowed':>9}\n")
     failures = count = 0
-    for ok, line in _rows(options.kernel, device):
+    for ok, line in _rows(names, device):
         sys.stdout.write(f"{line}\n")
         count, failures = count + 1, failures + (not ok)
     sys.stdout.write(f"{count - failures} of {count} pass\n")
     return 1 if failures else 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the kernels, or a patched model; the exit code."""
+    parser = Parser(f"{__package__}.check", __doc__)
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="one kernel (may be repeated)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model to patch and compare")
+    parser.add_argument("--device", metavar="D", help="cuda where there is a GPU, else cpu")
+    options = parser.parse_args(argv)
+    device = device_argument(options.device)
+    if _runtime.INTERPRETED:
+        _interpreter.mend_bf16()
+    if options.model is None:
+        return _check_kernels(options.kernel, device)
+    if options.kernel:
+        raise BadInput("--kernel", options.kernel[0], "leave it out with --model, which checks a whole model")
+    from .check_model import check_model
+
+    return check_model(options.model, device)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -1,29 +1,53 @@
-"""Hugging Face models: what of them runs on this package's functions, and what does not yet.
+"""Hugging Face models on this package's functions: `patch(model)`, `unpatch(model)`, `report(model)`.
 
-So far `patch` covers the torch.nn modules that a transformers model is built from (BERT's and GPT-2's LayerNorm, any
-nn.GELU). The model classes' own modules are left alone, and `report` names them with the reason. Works on any
-`torch.nn.Module`; needs no import of transformers.
+A patched model is the same object with the same parameters; some of its modules have another forward. Nothing outside
+the given model changes but two entries in transformers' tables of attention and mask functions: another model, also one
+made from the same configuration object, computes as before. transformers is imported only for its own models.
+
+FAMILIES says which architectures are known. Within one of these, modules are found by what they hold; of any other
+architecture nothing is touched, and `report` says so. Modules outside transformers are those of `fastlm_kernels.patch`.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .patching import _ORIGINALS, AnyModule
-from .patching import patch as _patch
-from .patching import unpatch as _unpatch
+from . import _hf_attention, _hf_modules
+from ._runtime import backend
+from .patching import _ORIGINALS, REPLACEMENTS, AnyModule
 
-# Parts of a transformers class name -> why such a module is left alone.
-_LEFT_ALONE = {
-    "RMSNorm": "the model's own RMSNorm: arrives with the Hugging Face hooks",
-    "LayerNorm": "the model's own LayerNorm: arrives with the Hugging Face hooks",
-    "Attention": "attention: arrives with the Hugging Face hooks",
-    "MLP": "gated and plain MLPs: arrive with the Hugging Face hooks",
-    "RotaryEmbedding": "rotary embedding: arrives with the Hugging Face hooks",
-    "Activation": "activations outside torch.nn: arrive with the Hugging Face hooks",
+
+@dataclass(frozen=True)
+class Family:
+    """What a family of architectures differs in: the offset of its RMS norms' weights, and its head (in HEADS)."""
+
+    weight_offset: float = 0.0
+    head: str = "linear"
+
+
+# By `config.model_type`.
+FAMILIES = {
+    "gpt2": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": Family(weight_offset=1.0),
+    "gemma2": Family(weight_offset=1.0),
+    "phi": Family(),
+    "opt": Family(),
+    "bert": Family(head="bert"),
+    "roberta": Family(head="roberta"),
 }
+_WITH_LOSS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+_CONFIG = "_fastlm_config"  # a module's attribute: the configuration that it had before
 
 
 @dataclass(frozen=True)
@@ -52,31 +76,286 @@ class Report(tuple[ReportLine, ...]):
         )
 
 
-def patch(model: AnyModule) -> AnyModule:
-    """Let the torch.nn modules of `model` run on our functions, in place, and return it; see `fastlm_kernels.patch`."""
-    return _patch(model)
+@dataclass(frozen=True)
+class _Find:
+    """What could be done with one module: the class it would get (None: nothing), by which switch, and what or why."""
+
+    name: str
+    module: torch.nn.Module
+    replacement: type | None
+    switch: str
+    reason: str
+
+
+def patch(
+    model: AnyModule,
+    *,
+    attention: bool = True,
+    norm: bool = True,
+    mlp: bool = True,
+    rotary: bool = True,
+    loss: bool = True,
+    keep_logits: bool = False,
+) -> AnyModule:
+    """Let the modules of `model` run on this package's functions, in place, and return it.
+
+    attention    every mask of the model's own: causal, padding on either side, packed position_ids, sliding windows.
+                 The model gets a copy of its configuration; attention weights (output_attentions) are not computed.
+    norm         LayerNorm and RMSNorm, also with an offset weight
+    mlp          gated MLPs, and the activation functions of others
+    rotary       rotary embedding, in one kernel with the norms of q and k where the model has them
+    loss         while training with labels, the loss of a language model without its logits: `logits` is None.
+                 keep_logits=True keeps the model's own loss and logits. In eval mode both are the model's own.
+
+    Patching again is harmless: the last call's switches hold. Of an architecture outside FAMILIES nothing is touched;
+    `report(model)` says what was done and why. ValueError for anything but a module, or a switch that is not a bool.
+    """
+    switches = {"attention": attention, "norm": norm, "mlp": mlp, "rotary": rotary, "loss": loss}
+    for name, value in {**switches, "keep_logits": keep_logits}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: got {value!r}; give True or False")
+    unpatch(model)
+    for find in list(_finds(model)):
+        made = find.replacement
+        if find.switch == "model":
+            made = _model_class(find.module, switches, keep_logits)
+        elif find.switch == "rotary" and made is not None and not norm:
+            made = _hf_modules.patched(_hf_modules.RotaryAttention, type(find.module), (None,))
+        if made is not None and switches.get(find.switch, True):
+            find.module.__class__ = made
+    if attention:
+        _take_attention(model)
+    return model
 
 
 def unpatch(model: AnyModule) -> AnyModule:
-    """Undo `patch`, exactly, in place, and return the model."""
-    return _unpatch(model)
+    """Undo `patch`, exactly, in place, and return the model; harmless where nothing was patched.
+
+    The configuration it had comes back too, unless the model's copy was changed meanwhile: then the copy stays.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"module: got {type(model).__name__}; give a torch.nn.Module")
+    for module in model.modules():
+        if _is_patched(module):
+            module.__class__ = _original(module)
+    _return_configs(model)
+    return model
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Which modules of `model` are patched, which could be some day, and why they are not; print it for a table."""
-    lines = []
+    """Which modules of `model` are patched, which are not, and why; print it for a table."""
+    return Report(ReportLine(find.name, _original(find.module).__name__, *_state(find)) for find in _finds(model))
+
+
+def _state(find: _Find) -> tuple[bool, str]:
+    """Whether the module is patched, and the report's reason."""
+    module: Any = find.module
+    if find.switch == "model":
+        return _model_state(module)
+    if find.switch == "attention":
+        done = getattr(module, "config", None) is not None and _has_our_attention(module.config)
+        return done, find.reason if done else _not_called("attention")
+    if _is_patched(module):
+        attends = find.switch == "rotary" and _has_our_attention(getattr(module, "config", None))
+        return True, find.reason + (", attention" if attends else "")
+    return False, find.reason if find.replacement is None else _not_called(find.switch)
+
+
+def _not_called(switch: str) -> str:
+    return f"not patched: call patch(model) with {switch}=True"
+
+
+def _model_state(model: Any) -> tuple[bool, str]:
+    kind, config = _original(model), model.config
+    if _family(model) is None:
+        known = ", ".join(FAMILIES)
+        return False, f"architecture {config.model_type!r} is not known (known: {known}); nothing was touched"
+    done = ["attention"] if _has_our_attention(config) else []
+    options = model._fastlm_options if _is_patched(model) else None
+    if options is not None:
+        done.append("the model's own loss, with logits" if options[1] else "loss without logits")
+    why = _why_no_attention(model)
+    left = [] if why is None else [why]
+    if kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is None:
+        left.append("the loss: no class of results is known")
+    return bool(done), "; ".join([", ".join(done) or _not_called("attention=True or loss"), *left])
+
+
+def _original(module: Any) -> Any:
+    """The module's own class, behind ours."""
+    kind = type(module)
+    return _ORIGINALS.get(kind, getattr(kind, "_fastlm_original", kind))
+
+
+def _is_patched(module: torch.nn.Module) -> bool:
+    # Its very class: a subclass made since then by others (FSDP) is not ours to take away.
+    return "_fastlm_original" in vars(type(module)) or type(module) in _ORIGINALS
+
+
+def _pretrained() -> Any:
+    """transformers' class of models; where it was never imported there are none."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    return () if utils is None else utils.PreTrainedModel
+
+
+def _family(model: Any) -> Family | None:
+    return FAMILIES.get(model.config.model_type)
+
+
+def _finds(model: torch.nn.Module) -> Iterator[_Find]:
+    """Every module of `model` that this package knows something of."""
+    pretrained = _pretrained()
+    owner: dict[int, Family | None] = {}
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, pretrained):
+            # Inner models come later, and have the say.
+            owner |= dict.fromkeys(map(id, module.modules()), _family(module))
     for name, module in model.named_modules():
-        kind = type(module)
-        if kind in _ORIGINALS:
-            lines.append(ReportLine(name, _ORIGINALS[kind].__name__, True, "torch.nn module"))
-        else:
-            reason = _why_left_alone(kind)
-            if reason is not None:
-                lines.append(ReportLine(name, kind.__name__, False, reason))
-    return Report(lines)
+        known = id(module) not in owner or owner[id(module)] is not None
+        if isinstance(module, pretrained):
+            yield _Find(name, module, None, "model", "")
+        elif known:
+            find = None if id(module) in inside else _find(name, module, owner.get(id(module)))
+            if find is not None:
+                yield find
+                if find.replacement is not None and hasattr(module, "act_fn"):
+                    inside.add(id(module.act_fn))  # a part of the gated MLP's kernel
 
 
-def _why_left_alone(kind: type[torch.nn.Module]) -> str | None:
-    if kind in _ORIGINALS.values():
-        return "not patched: call patch(model)"
-    return next((reason for part, reason in _LEFT_ALONE.items() if part in kind.__name__), None)
+def _find(name: str, module: torch.nn.Module, family: Family | None) -> _Find | None:
+    kind = _original(module)
+    for rule in (_find_torch, _find_norm, _find_gated, _find_rotary, _find_attention, _find_activation):
+        found = rule(kind, module, family)
+        if found is not None:
+            made, switch, reason = found
+            if made is not None and "forward" in vars(module):
+                made, reason = None, "has a forward of its own"
+            return _Find(name, module, made, switch, reason)
+    return None
+
+
+_Found = tuple[type | None, str, str] | None
+
+
+def _find_torch(kind: Any, module: Any, family: Family | None) -> _Found:
+    if kind not in REPLACEMENTS:
+        return None
+    switch = "norm" if "Norm" in kind.__name__ else "loss" if "Loss" in kind.__name__ else "mlp"
+    return REPLACEMENTS[kind], switch, "torch.nn module"
+
+
+def _is_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
+
+
+def _find_norm(kind: Any, module: Any, family: Family | None) -> _Found:
+    if not kind.__name__.endswith("RMSNorm"):
+        return None
+    weight = getattr(module, "weight", None)
+    has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+    if family is None or not _is_transformers(kind) or not has_eps or weight is None or weight.dim() != 1:
+        return None, "norm", "an RMS norm of an unknown kind"
+    # Where there is an offset the product is fp32 and then rounded to the input's dtype (Gemma).
+    options = (family.weight_offset, family.weight_offset == 0.0)
+    return _hf_modules.patched(_hf_modules.RMSNorm, kind, options), "norm", "RMS norm"
+
+
+def _find_gated(kind: Any, module: Any, family: Family | None) -> _Found:
+    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    if family is None or not _is_transformers(kind) or not all(hasattr(module, part) for part in parts):
+        return None
+    function = _function_of(module.act_fn)
+    if function not in _hf_modules.GATED:
+        return None, "mlp", f"a gated MLP with {type(module.act_fn).__name__}: no kernel"
+    return _hf_modules.patched(_hf_modules.GatedMLP, kind, (function,)), "mlp", f"MLP gated by {function}"
+
+
+def _find_rotary(kind: Any, module: Any, family: Family | None) -> _Found:
+    parts = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "layer_idx")
+    if family is None or not _is_transformers(kind) or not all(hasattr(module, part) for part in parts):
+        return None
+    if "position_embeddings" not in inspect.signature(kind.forward).parameters:
+        return None
+    made = _hf_modules.patched(_hf_modules.RotaryAttention, kind, (family.weight_offset,))
+    return made, "rotary", "rotary embedding" + (" with QK-norm" if hasattr(module, "q_norm") else "")
+
+
+def _find_attention(kind: Any, module: Any, family: Family | None) -> _Found:
+    if family is None or not hasattr(module, "is_causal") or not hasattr(module, "config"):
+        return None
+    return None, "attention", "attention"
+
+
+def _find_activation(kind: Any, module: Any, family: Family | None) -> _Found:
+    if family is None or kind.__module__ != "transformers.activations":
+        return None
+    function = _function_of(module)
+    if function is None:
+        return None, "mlp", "an activation without a kernel"
+    return _hf_modules.patched(_hf_modules.Activation, kind, (function,)), "mlp", f"activation {function}"
+
+
+def _function_of(module: torch.nn.Module) -> str | None:
+    """The name in ACTIVATIONS of the function that `module` computes, by its values: classes change their names."""
+    x = torch.cat([torch.linspace(-8, 8, 65, device="cpu"), torch.tensor([-60.0, 60.0], device="cpu")])
+    with torch.no_grad(), backend("torch"):
+        y = _original(module).forward(module, x)
+        values = {name: function(x) for name, function in _hf_modules.ACTIVATIONS.items()}
+    return next((name for name, value in values.items() if torch.allclose(y, value, rtol=1e-5, atol=1e-6)), None)
+
+
+def _model_class(model: Any, switches: dict[str, bool], keep_logits: bool) -> type | None:
+    """The class of a transformers model itself, None if nothing of it changes."""
+    kind, family = type(model), _family(model)
+    if family is None or not _is_transformers(kind) or "forward" in vars(model):
+        return None
+    loss = switches["loss"] and kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is not None
+    if not loss and not switches["attention"]:
+        return None
+    return _hf_modules.patched(_hf_modules.Model, kind, (family.head, keep_logits) if loss else None)
+
+
+def _why_no_attention(model: Any) -> str | None:
+    if not getattr(model, "_supports_attention_backend", False):
+        return "attention: in this version of transformers the model does not look it up"
+    if getattr(model.config, "output_attentions", False):
+        return "attention: output_attentions=True wants its weights, which no kernel keeps"
+    return None
+
+
+def _has_our_attention(config: Any) -> bool:
+    return getattr(config, "_attn_implementation", None) == _hf_attention.KEY
+
+
+def _take_attention(model: torch.nn.Module) -> None:
+    """Point every known model's modules to a copy of their configuration that names our attention."""
+    pretrained = _pretrained()
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        known = isinstance(module, pretrained) and _family(module) is not None
+        if known and id(config) not in copies and _why_no_attention(module) is None:
+            copies[id(config)] = copy.deepcopy(config)
+            copies[id(config)]._attn_implementation = _hf_attention.KEY
+    if not copies:
+        return
+    _hf_attention.register()
+    for module in model.modules():
+        original = vars(module).get("config")
+        if id(original) in copies:
+            vars(module)[_CONFIG] = original
+            vars(module)["config"] = copies[id(original)]
+
+
+def _return_configs(model: torch.nn.Module) -> None:
+    kept: dict[int, Any] = {}
+    for module in model.modules():
+        if _CONFIG not in vars(module):
+            continue
+        original, ours = vars(module).pop(_CONFIG), vars(module)["config"]
+        if id(ours) not in kept:
+            if _has_our_attention(ours):
+                ours._attn_implementation = original._attn_implementation
+            kept[id(ours)] = original if ours.to_dict() == original.to_dict() else ours
+        vars(module)["config"] = kept[id(ours)]

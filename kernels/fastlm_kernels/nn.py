@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activation import gelu
+from .activation import gelu, sigmoid, silu, tanh
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .norm import layer_norm, rms_norm
+from .softmax import log_softmax, softmax
+
+# Frames between whoever calls a module and PyTorch's warning about a missing `dim`, as torch.nn.Softmax counts them.
+_STACKLEVEL = 5
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -38,6 +42,46 @@ class GELU(torch.nn.GELU):
         return gelu(input, approximate=self.approximate)
 
 
+class SiLU(torch.nn.SiLU):
+    """`torch.nn.SiLU`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `silu`."""
+        return silu(input, inplace=self.inplace)
+
+
+class Sigmoid(torch.nn.Sigmoid):
+    """`torch.nn.Sigmoid`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `sigmoid`."""
+        return sigmoid(input)
+
+
+class Tanh(torch.nn.Tanh):
+    """`torch.nn.Tanh`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `tanh`."""
+        return tanh(input)
+
+
+class Softmax(torch.nn.Softmax):
+    """`torch.nn.Softmax`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Along `self.dim`; see `softmax`."""
+        return softmax(input, self.dim, _STACKLEVEL)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """`torch.nn.LogSoftmax`: any shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Along `self.dim`; see `log_softmax`."""
+        return log_softmax(input, self.dim, _STACKLEVEL)
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`; the loss of fp16 and bf16 logits is fp32."""
 
@@ -53,6 +97,24 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
         assert isinstance(loss, Tensor)
         return loss
+
+
+def held_head_loss(module: Any, input: Tensor, target: Tensor, **ours: Any) -> Any:
+    """`linear_cross_entropy` under the head and the options that `module` holds as torch.nn.LinearCrossEntropyLoss."""
+    classes = (module.num_classes, *module.out_features)
+    bias = module.linear.bias
+    return linear_cross_entropy(
+        input,
+        module.linear.weight.reshape(*classes, module.linear.in_features),
+        target,
+        linear_bias=None if bias is None else bias.reshape(classes),
+        weight=module.weight,
+        reduction=module.reduction,
+        ignore_index=module.ignore_index,
+        label_smoothing=module.label_smoothing,
+        options=module.options,
+        **ours,
+    )
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -96,18 +158,10 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, *, num_items: int | Tensor | None = None) -> Any:
         """The loss of `input` under the head this module holds; see `linear_cross_entropy`."""
-        classes = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
-        return linear_cross_entropy(
+        return held_head_loss(
+            self,
             input,
-            self.linear.weight.reshape(*classes, self.linear.in_features),
             target,
-            linear_bias=None if bias is None else bias.reshape(classes),
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
             z_loss=self.z_loss,
             return_z_loss=self.return_z_loss,
             softcap=self.softcap,

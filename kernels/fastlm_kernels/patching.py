@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from . import nn
 
@@ -28,6 +29,26 @@ class PatchedGELU(nn.GELU):
     """A torch.nn.GELU that `patch` found."""
 
 
+class PatchedSiLU(nn.SiLU):
+    """A torch.nn.SiLU that `patch` found."""
+
+
+class PatchedSigmoid(nn.Sigmoid):
+    """A torch.nn.Sigmoid that `patch` found."""
+
+
+class PatchedTanh(nn.Tanh):
+    """A torch.nn.Tanh that `patch` found."""
+
+
+class PatchedSoftmax(nn.Softmax):
+    """A torch.nn.Softmax that `patch` found."""
+
+
+class PatchedLogSoftmax(nn.LogSoftmax):
+    """A torch.nn.LogSoftmax that `patch` found."""
+
+
 class PatchedCrossEntropyLoss(nn.CrossEntropyLoss):
     """A torch.nn.CrossEntropyLoss that `patch` found."""
 
@@ -37,8 +58,25 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: PatchedLayerNorm,
     torch.nn.RMSNorm: PatchedRMSNorm,
     torch.nn.GELU: PatchedGELU,
+    torch.nn.SiLU: PatchedSiLU,
+    torch.nn.Sigmoid: PatchedSigmoid,
+    torch.nn.Tanh: PatchedTanh,
+    torch.nn.Softmax: PatchedSoftmax,
+    torch.nn.LogSoftmax: PatchedLogSoftmax,
     torch.nn.CrossEntropyLoss: PatchedCrossEntropyLoss,
 }
+
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # new in torch 2.13
+
+    class PatchedLinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+        """A torch.nn.LinearCrossEntropyLoss that `patch` found."""
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            """The loss of `input` under the head this module holds; see `linear_cross_entropy`."""
+            return nn.held_head_loss(self, input, target)
+
+    REPLACEMENTS[torch.nn.LinearCrossEntropyLoss] = PatchedLinearCrossEntropyLoss
+
 _ORIGINALS = {patched: original for original, patched in REPLACEMENTS.items()}
 
 
@@ -53,10 +91,11 @@ def _swap(module: torch.nn.Module, classes: dict[type[torch.nn.Module], type[tor
 
 
 def patch(module: AnyModule) -> AnyModule:
-    """Let every nn.LayerNorm, nn.RMSNorm, nn.GELU and nn.CrossEntropyLoss in `module`, itself included, run on ours.
+    """Let every module of a class in `REPLACEMENTS` in `module`, itself included, run on ours.
 
-    In place, and returned. Patching twice is harmless; subclasses and instances with a forward of their own stay as
-    they are. ValueError for anything but a module.
+    These are torch.nn's LayerNorm, RMSNorm, GELU, SiLU, Sigmoid, Tanh, Softmax, LogSoftmax, CrossEntropyLoss and, from
+    torch 2.13 on, LinearCrossEntropyLoss. In place, and returned. Patching twice is harmless; subclasses, parametrised
+    modules and instances with a forward of their own stay as they are. ValueError for anything but a module.
     """
     _swap(module, REPLACEMENTS)
     return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -379,6 +380,20 @@ def _inputs(device: str, dtype: torch.dtype = torch.float32, seed: int = 3, **ca
     return arguments
 
 
+def _launched(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """What `run` returns, and the kernels that it launches."""
+    names: list[str] = []
+    launch = _runtime.launch
+
+    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
+        names.append(fn.__name__)
+        launch(fn, grid, arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_runtime, "launch", noted)
+        return run(), names
+
+
 def _assert_accurate(arguments: dict[str, Any]) -> None:
     reference = attention.scaled_dot_product_attention_reference
     upstream = upstream_gradients(reference, arguments, 4)
@@ -548,13 +563,13 @@ def test_views_of_one_projection_are_read_in_place(kernel_device: str, monkeypat
     merged = torch.randn(2, 9, 6, 16, device=kernel_device)
     q, k, v = (x.requires_grad_() for x in merged.transpose(1, 2).split([4, 1, 1], 1))
     addresses: list[set[int]] = []
-    launch = attention.launch
+    launch = _runtime.launch
 
     def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
         addresses.append({a.data_ptr() for a in arguments if isinstance(a, Tensor)})
         launch(fn, grid, arguments, **options)
 
-    monkeypatch.setattr(attention, "launch", noted)
+    monkeypatch.setattr(_runtime, "launch", noted)
     out = fk.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
     assert out.transpose(1, 2).is_contiguous()
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -574,18 +589,10 @@ def test_few_queries_against_many_keys(
     """The keys are split over programs; the parts, combined by their log-sum-exps, are the whole."""
     monkeypatch.setattr(configs, "ATTENTION_DECODE_PROGRAMS", splits)
     monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)
-    names: list[str] = []
-    launch = attention.launch
-
-    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
-        names.append(fn.__name__)
-        launch(fn, grid, arguments, **options)
-
-    monkeypatch.setattr(attention, "launch", noted)
     case = {"rows": rows, "keys": 600, "heads": 3, "kv_heads": 1, "align": "bottom_right", "padded": True, "lse": True}
     arguments = _inputs(kernel_device, dtype, **case, window=(500, -1))
     with torch.no_grad():
-        found = fk.scaled_dot_product_attention(**arguments)
+        found, names = _launched(lambda: fk.scaled_dot_product_attention(**arguments), monkeypatch)
         assert torch.equal(found[0], fk.scaled_dot_product_attention(**arguments)[0])
     _assert_accurate(arguments)
     assert ("attention_combine_kernel" in names) == (splits > 1)
@@ -601,6 +608,46 @@ def test_a_split_that_sees_nothing_changes_nothing(kernel_device: str, monkeypat
     expected, expected_lse = attention.scaled_dot_product_attention_reference(**clean)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+# One pass: dq by atomics.
+
+ONE_PASS: dict[str, dict[str, Any]] = {
+    "window, softcap, lse": {"window": (40, 9), "softcap": 2.0, "lse": True, "causal": False},
+    "dropout": {"padded": True, "dropout": 0.3},
+    "mask": {"masked": (0,), "causal": False, "rows": 40},
+}
+
+
+@kernels
+@pytest.mark.parametrize("case", [*ONE_PASS, "packed"])
+@pytest.mark.usefixtures("poisoned")
+def test_one_pass_gives_the_gradients_of_two(case: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every feature, all but the last bits; no second kernel forms the scores again."""
+    if case == "packed":
+        packed = _documents(kernel_device, torch.float32)
+        leaves, options = packed[:3], {"window_size": (-1, 0), "enable_gqa": True}
+        call = partial(fk.varlen_attn, *packed, **options)
+    else:
+        given = {"rows": 67, "keys": 131, "heads": 4, "kv_heads": 2, **ONE_PASS[case]}
+        dropout = given.pop("dropout", 0.0)
+        arguments = _inputs(kernel_device, **given)
+        leaves = [arguments[name] for name in ("query", "key", "value")]
+        call = partial(fk.scaled_dot_product_attention, **arguments, dropout_p=dropout)
+
+    def gradients(deterministic: bool) -> Any:
+        torch.manual_seed(3)
+        outputs = call(deterministic=deterministic)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seen = [x.masked_fill(x == -math.inf, 0.0) for x in outputs]
+        return torch.autograd.grad(sum(x.sin().sum() for x in seen), leaves)
+
+    expected = gradients(True)
+    found, names = _launched(lambda: gradients(False), monkeypatch)
+    assert "attention_dkdv_kernel" in names
+    assert "attention_dq_kernel" not in names
+    for grad, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 # Packed documents on the kernel.
@@ -692,7 +739,7 @@ def test_packed_documents_compile_whole_and_pass_opcheck(kernel_device: str) -> 
         ):
             assert torch.equal(a, b)
     q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in arguments[:3])
-    options = (max_q, max_k, -1, 0, True, 0.25, 0.0, 0.0, True)
+    options = (max_q, max_k, -1, 0, True, 0.25, 0.0, 0.0, True, True)
     checks = torch.library.opcheck(
         attention.attention_forward.op, (q, k, v, None, None, *arguments[3:], None, None, *options)
     )

@@ -238,6 +238,7 @@ ATTENTION_DKDV: AttentionTable = {
         ),
     ),
 }
+ATTENTION_ONE_PASS: AttentionTable = dict(ATTENTION_DKDV)
 ATTENTION_DQ: AttentionTable = {
     "generic": (
         AttentionConfig(64, 64, 32, 4, 1),
@@ -284,8 +285,8 @@ ATTENTION_DECODE: AttentionTable = {
         ),
     ),
 }
-# Without this the assembler stops at 80 in some fp32 binaries, and spills.
-ATTENTION_FP32_REGISTERS = 255
+# Without this the assembler stops at 80 in some fp32 binaries, at 32 in the one pass on sm_80, and spills.
+ATTENTION_REGISTERS = 255
 # With a mask in memory and wide heads: addresses of the mask's bytes take registers too.
 ATTENTION_MASKED_KEYS = 32
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.

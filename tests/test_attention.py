@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime, attention, configs
+from fastlm_kernels.attention import _forward
 from fastlm_kernels.check import compare, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
 
@@ -648,6 +650,65 @@ def test_one_pass_gives_the_gradients_of_two(case: str, kernel_device: str, monk
     assert "attention_dq_kernel" not in names
     for grad, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+# Tiles by descriptors.
+
+
+@kernels
+@pytest.mark.parametrize("loads", ["descriptors", "specialized"])
+@pytest.mark.parametrize(
+    "case", [{}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}], ids=case_name
+)
+def test_descriptors_load_what_pointers_load(
+    loads: Any, case: dict[str, Any], kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tiles give the same bits, between NaN on both sides; a mask in memory keeps to pointers."""
+    arguments = _inputs(kernel_device, torch.float16, **{"rows": 70, "keys": 131, "heads": 2, "lse": True, **case})
+    for name in ("query", "key", "value"):
+        x = arguments[name].detach()
+        around = torch.full((1, x.shape[1], x.shape[2] + 400, x.shape[3]), math.nan, dtype=x.dtype, device=x.device)
+        around[:, :, 200:-200] = x
+        arguments[name] = around[:, :, 200:-200]
+    expected = fk.scaled_dot_product_attention(**arguments)
+    present = configs.ATTENTION_FORWARD["generic"][0]
+    switches: list[tuple[bool, bool]] = []
+    launch = _runtime.launch
+
+    def noted(*given: Any, **options: Any) -> None:
+        switches.append((options["DESCRIPTORS"], options["SPECIALIZED"]))
+        launch(*given, **options)
+
+    monkeypatch.setattr(_runtime, "launch", noted)
+    monkeypatch.setitem(configs.ATTENTION_FORWARD, "generic", (replace(present, loads=loads),))
+    found = fk.scaled_dot_product_attention(**arguments)
+    masked = "padded" in case and loads == "specialized"
+    assert switches == [(not masked, loads == "specialized" and not masked)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@kernels
+def test_descriptors_want_rows_on_16_byte_boundaries(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 20 channels, fp32 and expanded keys are read by pointers, by the tile that suits those."""
+    noted: list[Any] = []
+    run = _forward._run_forward
+
+    def noting(tensors: Any, extras: Any, options: Any, work: Any, config: Any, *rest: Any) -> None:
+        noted.append((config.loads, config.num_warps, config.block_n))
+        run(tensors, extras, options, work, config, *rest)
+
+    monkeypatch.setattr(_forward, "_run_forward", noting)
+    for table in ("ATTENTION_FORWARD", "ATTENTION_FP32"):
+        config = configs.AttentionConfig(64, 32, 128, 4, 2, "specialized")
+        monkeypatch.setitem(getattr(configs, table), "generic", (config,))
+    q = torch.randn(1, 1, 40, 16, dtype=torch.float16, device=kernel_device)
+    one = q[:, :, :1].expand_as(q)
+    for call in ((q, q, q), (q[..., :10], q[..., :10], q), (q.float(), q.float(), q.float()), (q, one, one)):
+        torch.testing.assert_close(
+            fk.scaled_dot_product_attention(*call), F.scaled_dot_product_attention(*call), rtol=1e-2, atol=1e-3
+        )
+    assert noted == [("specialized", 4, 128), *[("pointers", 8, 64)] * 3]
 
 
 # Packed documents on the kernel.

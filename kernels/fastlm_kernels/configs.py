@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+WITH_TENSOR_MEMORY_ACCELERATOR = ("sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class AttentionConfig:
     """A tile of `block_m` queries x `block_n` keys of heads of up to `head_dim` channels, on `num_warps` warps.
 
     num_stages  tiles of what a program walks that are in flight: all but one of them in shared memory
+    loads       how the forward loads its tiles: by pointers; by descriptors, for the tensor memory accelerator of sm_90
+                and later; or "specialized", by descriptors in a warp group of its own beside those that compute (of
+                num_warps warps each). Only measured tables ask for descriptors: no GPU has run them yet.
     """
 
     head_dim: int
@@ -52,6 +56,7 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    loads: Literal["pointers", "descriptors", "specialized"] = "pointers"
 
 
 RowTable = dict[str, tuple[RowConfig, ...]]
@@ -480,6 +485,17 @@ def attention_config(table: AttentionTable, architecture: str, head_dim: int, ma
             config, block_n=min(config.block_n, ATTENTION_MASKED_KEYS), num_stages=min(config.num_stages, 2)
         )
     return config
+
+
+def by_pointers(config: AttentionConfig) -> AttentionConfig:
+    """The configuration with pointers for tensors that descriptors cannot read: tiles that then need no more registers.
+
+    A specialized one has two warp groups that compute.
+    """
+    if config.loads == "pointers":
+        return config
+    warps = config.num_warps * (2 if config.loads == "specialized" else 1)
+    return replace(config, loads="pointers", num_warps=warps, block_n=min(config.block_n, 64))
 
 
 def attention_section(bytes_each: int) -> int:

@@ -182,8 +182,8 @@ MUTATIONS = (
     Mutation(
         "attention: dq in one pass all to one head",
         "attention/_backward_keys.py",
-        "dq_tile = dq_at + wide_head * stride_dqh * UNIT",
-        "dq_tile = dq_at",
+        "dq_tile = DQ + at * D",
+        "dq_tile = DQ + (at - wide_head * total_q) * D",
         ONE_PASS,
     ),
     Mutation(

@@ -77,11 +77,9 @@ def launch_backward(
     inputs = (q, k, v, do, _launch_delta(out, do, lse, dlse), lse)
     keys = needs[1] or needs[2]
     if keys and needs[0] and not options.deterministic:
-        acc = accumulator(q.dtype)[0]
-        sums = grads[0].zero_() if grads[0].dtype == acc else torch.zeros(q.shape, dtype=acc, device=q.device)
+        sums = torch.zeros(q.shape, dtype=accumulator(q.dtype)[0], device=q.device)
         launch_keys(inputs, grads, extras, options, needs, sums)
-        if sums is not grads[0]:
-            grads[0].copy_(sums)
+        grads[0].copy_(sums)
         return grads
     if keys:
         launch_keys(inputs, grads, extras, options, needs)

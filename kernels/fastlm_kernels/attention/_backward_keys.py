@@ -61,9 +61,6 @@ def attention_dkdv_kernel(
     stride_dob,
     stride_doh,
     stride_dot,
-    stride_dqb,
-    stride_dqh,
-    stride_dqt,
     stride_dkb,
     stride_dkh,
     stride_dks,
@@ -105,7 +102,7 @@ def attention_dkdv_kernel(
 ):
     """dk and dv of one tile of keys of one head of keys, over the queries of all heads that read it, in order.
 
-    HAS_DQ  the tile's part of dq too, added to DQ by atomics
+    HAS_DQ  the tile's part of dq too, added to DQ, dense, by atomics
     """
     tile, batch, key_head = place(tl.program_id(0), tiles, rows_of_heads, heads, section, False)
     begin_q, begin_k, at_batch, T, S, stored, shift = lengths(
@@ -118,7 +115,6 @@ def attention_dkdv_kernel(
     wide_cols = cols.to(tl.int64)[:, None] + begin_k
     d, e, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
     stride_qt, stride_dot = tl.cast(stride_qt, tl.int64) * UNIT, tl.cast(stride_dot, tl.int64) * UNIT
-    stride_dqt = tl.cast(stride_dqt, tl.int64) * UNIT
     stride_mt = tl.cast(stride_mt, tl.int64)
     stride_ws = tl.cast(stride_ws, tl.int64)
     wide_head = tl.cast(key_head, tl.int64)
@@ -137,7 +133,6 @@ def attention_dkdv_kernel(
     count = tl.maximum(tl.cdiv(stop - first, BLOCK_M), 0)
     q_at = Q + at_batch * stride_qb * UNIT + begin_q * stride_qt + (m[None, :] * stride_qt + d[:, None])
     do_at = DO + at_batch * stride_dob * UNIT + begin_q * stride_dot + (m[:, None] * stride_dot + e[None, :])
-    dq_at = DQ + at_batch * stride_dqb * UNIT + begin_q * stride_dqt + (m[None, :] * stride_dqt + d[:, None])
     rows_at = at_batch * (heads * group) * total_q + begin_q
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_E], dtype=ACC)
@@ -198,7 +193,7 @@ def attention_dkdv_kernel(
         if HAS_DQ:
             # dq^T = k^T ds^T, added to what the programs of other keys give, in the order in which they come
             part = tl.dot(tl.trans(k), ds, input_precision="ieee", out_dtype=ACC) * scale
-            dq_tile = dq_at + wide_head * stride_dqh * UNIT + begin * stride_dqt
+            dq_tile = DQ + at * D + (m[None, :] * D + d[:, None])
             tl.atomic_add(dq_tile, part, mask=(d < D)[:, None] & rows_ok[None, :], sem="relaxed")
     # Keys of a document past those in use get 0, not what lay there.
     stored_ok = (cols < stored)[:, None]
@@ -222,7 +217,7 @@ def launch_keys(
     needs: Sequence[bool],
     dq_sums: Tensor | None = None,
 ) -> None:
-    """dk and dv of `grads` as `needs` says; with `dq_sums`, zeros, dq is added to them."""
+    """dk and dv of `grads` as `needs` says; with `dq_sums`, dense zeros, dq is added to them."""
     q, k, v, do, _, _ = inputs
     table = configs.ATTENTION_DKDV if dq_sums is None else configs.ATTENTION_ONE_PASS
     config = config_of(table, configs.ATTENTION_FP32, q, v)
@@ -230,15 +225,14 @@ def launch_keys(
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     query_bytes = group * queries * (q.shape[-1] + v.shape[-1]) * q.itemsize
     tiles, rows, section = grid_of(batch, heads, keys, config.block_n, 1, query_bytes)
-    dq = q if dq_sums is None else dq_sums
     dk, dv = (grad if need else like for grad, need, like in zip(grads[1:], needs[1:], (k, v), strict=True))
-    unit, strides = strides_of(q, k, v, do, dq, dk, dv)
+    unit, strides = strides_of(q, k, v, do, dk, dv)
     _runtime.launch(
         attention_dkdv_kernel,
         (tiles * rows,),
         (
             *(*inputs, *pointers_of(extras, q)),
-            *(dq, grads[1], grads[2]),
+            *(q if dq_sums is None else dq_sums, grads[1], grads[2]),
             *(q.shape[2], k.shape[2], q.shape[2], heads, group, tiles, rows, section),
             *(*strides, *scalars_of(extras, options)),
         ),

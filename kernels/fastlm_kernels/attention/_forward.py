@@ -25,8 +25,10 @@ from ._launch import (
     scalars_of,
     sizes_of,
     stepping,
+    steps_of,
     strides_of,
     switches_of,
+    unit_of,
 )
 from ._tiles import VARYING, capped, kept_by, lengths, load_tile, place, seen_by, tile_range
 
@@ -60,6 +62,8 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -70,12 +74,18 @@ def _attend(
     HAS_DROPOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Online softmax over the keys begin .. end of one tile of queries: (sum of p v, sum of p, largest score)."""
+    """Online softmax over the keys begin .. end of one tile of queries: (sum of p v, sum of p, largest score).
+
+    k_at and v_at are pointers to the first tile, or with DESCRIPTORS descriptors of all keys, 0 past the end.
+    """
     d_ok, e_ok = (tl.arange(0, BLOCK_D) < D)[:, None], (tl.arange(0, BLOCK_E) < E)[None, :]
     S = sight[0]
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):  # type: ignore[attr-defined]
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES, warp_specialize=SPECIALIZED):  # type: ignore[attr-defined]
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_at + start * stride_ks, d_ok, (cols < S)[None, :], D != BLOCK_D, MASKED)
+        if DESCRIPTORS:
+            k = tl.trans(k_at.load([start, 0]))
+        else:
+            k = load_tile(k_at + start * stride_ks, d_ok, (cols < S)[None, :], D != BLOCK_D, MASKED)
         s = tl.dot(q, k, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         factor = scale * 1.4426950408889634
         if HAS_SOFTCAP:
@@ -108,7 +118,10 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         if HAS_DROPOUT:
             p = tl.where(kept_by(seed, head, rows, cols[None, :], dropout), p, 0.0)
-        v = load_tile(v_at + start * stride_vs, (cols < S)[:, None], e_ok, MASKED, E != BLOCK_E)
+        if DESCRIPTORS:
+            v = v_at.load([start, 0])
+        else:
+            v = load_tile(v_at + start * stride_vs, (cols < S)[:, None], e_ok, MASKED, E != BLOCK_E)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
         top = higher
     return acc, total, top
@@ -168,6 +181,8 @@ def attention_forward_kernel(
     BLOCK_E: tl.constexpr,
     UNIT: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -182,7 +197,12 @@ def attention_forward_kernel(
     SAVE_LSE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One tile of queries of one head; with SPLIT all queries of a group of heads against one chunk of the keys."""
+    """One tile of queries of one head; with SPLIT all queries of a group of heads against one chunk of the keys.
+
+    DESCRIPTORS  tiles are loaded by the tensor memory accelerator, through descriptors made here: a descriptor made on
+                 the host cannot be cut in two by the compiler when it gives each half of the queries its own warps
+    SPECIALIZED  one warp group loads, the others compute; the compiler does so for a single loop only
+    """
     program = tl.program_id(0)
     split = 0
     if SPLIT:
@@ -210,15 +230,22 @@ def attention_forward_kernel(
     stride_ks, stride_vs = tl.cast(stride_ks, tl.int64) * UNIT, tl.cast(stride_vs, tl.int64) * UNIT
     stride_ws = tl.cast(stride_ws, tl.int64)
     q_at = Q + (at_batch * stride_qb + tl.cast(head, tl.int64) * stride_qh + begin_q * stride_qt) * UNIT
-    q_at += (wide_rows * stride_qt + wide_group * stride_qh) * UNIT + d[None, :]
     k_at = K + (at_batch * stride_kb + tl.cast(key_head, tl.int64) * stride_kh) * UNIT + begin_k * stride_ks
-    k_at += n[None, :] * stride_ks + d[:, None]
     v_at = V + (at_batch * stride_vb + tl.cast(key_head, tl.int64) * stride_vh) * UNIT + begin_k * stride_vs
-    v_at += n[:, None] * stride_vs + e[None, :]
+    if DESCRIPTORS:
+        stride_qt = tl.cast(stride_qt, tl.int64) * UNIT
+        q_at = tl.make_tensor_descriptor(q_at, [T, D], [stride_qt, 1], [BLOCK_M, BLOCK_D])
+        k_at = tl.make_tensor_descriptor(k_at, [S, D], [stride_ks, 1], [BLOCK_N, BLOCK_D])
+        v_at = tl.make_tensor_descriptor(v_at, [S, E], [stride_vs, 1], [BLOCK_N, BLOCK_E])
+        q = q_at.load([start, 0])
+    else:
+        q_at += (wide_rows * stride_qt + wide_group * stride_qh) * UNIT + d[None, :]
+        k_at += n[None, :] * stride_ks + d[:, None]
+        v_at += n[:, None] * stride_vs + e[None, :]
+        q = load_tile(q_at, rows_ok[:, None], (d < D)[None, :], True, D != BLOCK_D)
     mask_rows = MASK + at_batch * stride_mb + tl.cast(head, tl.int64) * stride_mh
     mask_rows += wide_rows * stride_mt + wide_group * stride_mh
     key_mask = KEY_MASK + at_batch * stride_wb
-    q = load_tile(q_at, rows_ok[:, None], (d < D)[None, :], True, D != BLOCK_D)
 
     first, full, edge, stop = tile_range(start, T, S, shift, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     if SPLIT:
@@ -234,7 +261,7 @@ def attention_forward_kernel(
         seed = tl.load(SEED)
     dropout_head = batch * heads + head
     # Edge tiles before, whole tiles, edge tiles after: one body, its masks only where they are needed.
-    for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
+    for phase in tl.static_range(2 if SPECIALIZED else (0 if HAS_LEFT else 1), 3):
         acc, total, top = _attend(
             acc,
             total,
@@ -242,7 +269,7 @@ def attention_forward_kernel(
             q,
             k_at,
             v_at,
-            first if phase == 0 else (full if phase == 1 else edge),
+            first if phase == 0 or SPECIALIZED else (full if phase == 1 else edge),
             full if phase == 0 else (edge if phase == 1 else stop),
             rows[:, None],
             rows_ok[:, None],
@@ -263,6 +290,8 @@ def attention_forward_kernel(
             BLOCK_D,
             BLOCK_E,
             STAGES,
+            DESCRIPTORS,
+            SPECIALIZED,
             phase != 1,
             HAS_LEFT,
             HAS_RIGHT,
@@ -369,6 +398,8 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
         _launch_decode((q, k, v, out, lse), extras, options, save_lse)
         return out, lse
     config = config_of(configs.ATTENTION_FORWARD, configs.ATTENTION_FP32, q, v, extras.mask is not None)
+    if not _describable(config, (q, k, v), extras):
+        config = configs.by_pointers(config)
     batch, longest, keys = documents_of(q, k, extras, options)
     group = q.shape[1] // k.shape[1]
     key_bytes = keys * (q.shape[-1] + v.shape[-1]) * q.itemsize
@@ -376,6 +407,17 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
     work = _Work(q.shape[1], group, tiles, rows, section)
     _run_forward((q, k, v, out, lse), extras, options, work, config, save_lse)
     return out, lse
+
+
+def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:
+    """Whether the tiles can be loaded as the configuration says: descriptors want rows on 16-byte boundaries.
+
+    Warps that only load cannot load masks, which have no descriptors.
+    """
+    if config.loads == "specialized" and (extras.mask is not None or extras.key_mask is not None):
+        return False
+    rows = (x.shape[-1] % unit_of(x) == 0 and steps_of(x)[2] >= x.shape[-1] for x in tensors)
+    return config.loads == "pointers" or (tensors[0].itemsize == 2 and all(rows))
 
 
 def _run_forward(
@@ -391,6 +433,7 @@ def _run_forward(
     """Launch the forward kernel on q, k, v, out, lse."""
     q, k, v, out, lse = tensors
     unit, strides = strides_of(q, k, v, out)
+    descriptors, specialized = config.loads != "pointers", config.loads == "specialized"
     _runtime.launch(
         attention_forward_kernel,
         (work.tiles * work.rows * work.splits,),
@@ -402,12 +445,15 @@ def _run_forward(
             *scalars_of(extras, options),
         ),
         num_warps=config.num_warps,
-        max_registers=configs.ATTENTION_REGISTERS,
+        max_registers=None if specialized else configs.ATTENTION_REGISTERS,
+        scratch=descriptors,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **sizes_of(q, v),
         UNIT=unit,
         STAGES=config.num_stages,
+        DESCRIPTORS=descriptors,
+        SPECIALIZED=specialized,
         **switches_of(extras, options),
         SPLIT=split,
         SAVE_LSE=save_lse,

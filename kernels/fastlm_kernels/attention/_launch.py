@@ -86,7 +86,7 @@ def power_of_2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def sizes_of(q: Tensor, v: Tensor) -> dict[str, int]:
+def sizes_of(q: Tensor, v: Tensor) -> dict[str, Any]:
     D, E = q.shape[-1], v.shape[-1]
     return {"D": D, "E": E, "BLOCK_D": power_of_2(D), "BLOCK_E": power_of_2(E)}
 
@@ -100,7 +100,7 @@ def config_of(
     return configs.attention_config(table, _runtime.architecture(q.device), head_dim, masked)
 
 
-def switches_of(extras: Extras, options: Options) -> dict[str, int]:
+def switches_of(extras: Extras, options: Options) -> dict[str, Any]:
     return {
         "BOTTOM_RIGHT": options.bottom_right,
         "HAS_LEFT": options.left >= 0,

@@ -203,8 +203,13 @@ ATTENTION_FORWARD: AttentionTable = {
         AttentionConfig(128, 64, 32, 4, 1),
         AttentionConfig(256, 32, 32, 4, 1),
     ),
+    "sm_80": (
+        AttentionConfig(64, 128, 64, 8, 2),
+        AttentionConfig(128, 128, 64, 8, 3),  # with a window 2 spill
+        AttentionConfig(256, 64, 32, 8, 1),
+    ),
     **dict.fromkeys(
-        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        ("sm_86", "sm_89", "sm_120"),
         (
             AttentionConfig(64, 128, 64, 8, 2),
             AttentionConfig(128, 128, 64, 8, 2),
@@ -227,12 +232,17 @@ ATTENTION_DKDV: AttentionTable = {
         AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
-        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        ("sm_80", "sm_86", "sm_89"),
         (
             AttentionConfig(64, 32, 128, 8, 2),
             AttentionConfig(128, 32, 64, 8, 2),
             AttentionConfig(256, 16, 32, 8, 1),
         ),
+    ),
+    "sm_120": (
+        AttentionConfig(64, 32, 64, 8, 2),
+        AttentionConfig(128, 16, 64, 8, 2),
+        AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
         ("sm_90", "sm_100"),
@@ -243,7 +253,31 @@ ATTENTION_DKDV: AttentionTable = {
         ),
     ),
 }
-ATTENTION_ONE_PASS: AttentionTable = dict(ATTENTION_DKDV)
+# dq too: as many keys as registers allow, since every tile of keys adds to all of dq.
+ATTENTION_ONE_PASS: AttentionTable = {
+    "generic": ATTENTION_DKDV["generic"],
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89"),
+        (
+            AttentionConfig(64, 32, 128, 8, 2),
+            AttentionConfig(128, 16, 64, 8, 2),
+            AttentionConfig(256, 16, 32, 8, 1),
+        ),
+    ),
+    "sm_120": (
+        AttentionConfig(64, 32, 64, 8, 2),
+        AttentionConfig(128, 16, 64, 8, 1),
+        AttentionConfig(256, 16, 32, 8, 1),
+    ),
+    **dict.fromkeys(
+        ("sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 32, 128, 8, 2),
+            AttentionConfig(128, 64, 64, 8, 2),
+            AttentionConfig(256, 16, 32, 8, 1),
+        ),
+    ),
+}
 ATTENTION_DQ: AttentionTable = {
     "generic": (
         AttentionConfig(64, 64, 32, 4, 1),
@@ -292,8 +326,12 @@ ATTENTION_DECODE: AttentionTable = {
 }
 # Without this the assembler stops at 80 in some fp32 binaries, at 32 in the one pass on sm_80, and spills.
 ATTENTION_REGISTERS = 255
-# With a mask in memory and wide heads: addresses of the mask's bytes take registers too.
-ATTENTION_MASKED_KEYS = 32
+# The most (queries, keys) that a tile of wide heads may hold, by architecture, with a mask in memory, whose addresses
+# take registers too; the forward with a key_mask, which is one for all queries.
+ATTENTION_FORWARD_MASKED = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
+ATTENTION_FORWARD_PADDED = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
+ATTENTION_DQ_MASKED = dict.fromkeys(ARCHITECTURES, (128, 32))
+ATTENTION_DKDV_MASKED = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
 ATTENTION_DECODE_ROWS = 64
 ATTENTION_DECODE_KEYS = 256
@@ -477,14 +515,19 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
     return SymmetricConfig(128, 64, 8, _SYMMETRIC_STAGES.get(architecture, 3))
 
 
-def attention_config(table: AttentionTable, architecture: str, head_dim: int, masked: bool = False) -> AttentionConfig:
-    """The configuration for heads of `head_dim` channels, the wider of keys and values; `masked`: by a tensor."""
+def attention_config(
+    table: AttentionTable, architecture: str, head_dim: int, most: dict[str, tuple[int, int]] | None = None
+) -> AttentionConfig:
+    """The configuration for heads of `head_dim` channels, the wider of keys and values.
+
+    most  with a mask in memory: the (queries, keys) by architecture that a tile of wide heads may hold
+    """
     config = next(c for c in table.get(architecture, table["generic"]) if c.head_dim >= head_dim)
-    if masked and head_dim > 64:
-        config = replace(
-            config, block_n=min(config.block_n, ATTENTION_MASKED_KEYS), num_stages=min(config.num_stages, 2)
-        )
-    return config
+    if most is None or architecture not in most or head_dim <= 64:
+        return config
+    queries, keys = most[architecture]
+    queries, keys, stages = min(config.block_m, queries), min(config.block_n, keys), min(config.num_stages, 2)
+    return replace(config, block_m=queries, block_n=keys, num_stages=stages)
 
 
 def by_pointers(config: AttentionConfig) -> AttentionConfig:

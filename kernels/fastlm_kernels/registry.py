@@ -722,8 +722,14 @@ _ATTENTION_COMPILED: tuple[Case, ...] = (
     ),
     *({"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True} for columns in (64, 128, 256)),
     *(
-        {"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True, "softcap": 30.0, "window": (1023, -1)}
+        {"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True, **switches}
         for columns in (64, 128)
+        for switches in (
+            {"window": (1023, -1)},
+            {"softcap": 30.0},
+            {"padded": True, "causal": False},
+            {"masked": (0, 1), "causal": False},
+        )
     ),
     {"rows": 1, "columns": 128, "heads": 8, "kv_heads": 2, "keys": 32768, "causal": False},
 )

@@ -9,6 +9,7 @@ ONE_PASS = ACCURATE.format(
     "scaled_dot_product_attention-rows67-columns24-keys131-heads4-kv_heads2-alignbottom_right-one_pass-float32"
 )
 SAME = "test_attention.py::test_one_pass_gives_the_gradients_of_two[{}]"
+DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[causal-descriptors]"
 
 MUTATIONS = (
     Mutation(
@@ -194,11 +195,25 @@ MUTATIONS = (
         ONE_PASS,
     ),
     Mutation(
-        "attention: dq in one pass past the last query",
-        "attention/_backward_keys.py",
-        "mask=(d < D)[:, None] & rows_ok[None, :], sem",
-        "mask=(d < D)[:, None] & (rows_ok[None, :] | (T > 0)), sem",
-        SAME.format("packed"),
+        "attention: descriptors of keys past the last one",
+        "attention/_forward.py",
+        "tl.make_tensor_descriptor(v_at, [S, E]",
+        "tl.make_tensor_descriptor(v_at, [S + 64, E]",
+        DESCRIBED,
+    ),
+    Mutation(
+        "attention: descriptors of every head at the first one",
+        "attention/_forward.py",
+        "        k_at = tl.make_tensor_descriptor(k_at, [S, D]",
+        "        k_at = tl.make_tensor_descriptor(K + begin_k * stride_ks, [S, D]",
+        DESCRIBED,
+    ),
+    Mutation(
+        "attention: specialised warps begin at the diagonal",
+        "attention/_forward.py",
+        "            first if phase == 0 or SPECIALIZED else",
+        "            first if phase == 0 else",
+        DESCRIBED.replace("-descriptors]", "-specialized]"),
     ),
     Mutation(
         "attention: one pass asked for and not taken",

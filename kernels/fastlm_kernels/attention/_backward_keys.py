@@ -220,7 +220,8 @@ def launch_keys(
     """dk and dv of `grads` as `needs` says; with `dq_sums`, dense zeros, dq is added to them."""
     q, k, v, do, _, _ = inputs
     table = configs.ATTENTION_DKDV if dq_sums is None else configs.ATTENTION_ONE_PASS
-    config = config_of(table, configs.ATTENTION_FP32, q, v)
+    most = None if extras.mask is None else configs.ATTENTION_DKDV_MASKED
+    config = config_of(table, configs.ATTENTION_FP32, q, v, most)
     batch, queries, keys = documents_of(q, k, extras, options)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     query_bytes = group * queries * (q.shape[-1] + v.shape[-1]) * q.itemsize

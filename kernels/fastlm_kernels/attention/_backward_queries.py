@@ -248,7 +248,8 @@ def attention_dq_kernel(
 
 def launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, extras: Extras, options: Options) -> None:
     q, k, v, do, _, _ = inputs
-    config = config_of(configs.ATTENTION_DQ, configs.ATTENTION_DQ_FP32, q, v, extras.mask is not None)
+    most = None if extras.mask is None else configs.ATTENTION_DQ_MASKED
+    config = config_of(configs.ATTENTION_DQ, configs.ATTENTION_DQ_FP32, q, v, most)
     batch, queries, keys = documents_of(q, k, extras, options)
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     key_bytes = keys * (q.shape[-1] + v.shape[-1]) * q.itemsize

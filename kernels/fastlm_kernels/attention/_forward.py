@@ -397,7 +397,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
     if _few_queries(q, k, extras, options):
         _launch_decode((q, k, v, out, lse), extras, options, save_lse)
         return out, lse
-    config = config_of(configs.ATTENTION_FORWARD, configs.ATTENTION_FP32, q, v, extras.mask is not None)
+    config = config_of(configs.ATTENTION_FORWARD, configs.ATTENTION_FP32, q, v, _most(extras))
     if not _describable(config, (q, k, v), extras):
         config = configs.by_pointers(config)
     batch, longest, keys = documents_of(q, k, extras, options)
@@ -407,6 +407,13 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
     work = _Work(q.shape[1], group, tiles, rows, section)
     _run_forward((q, k, v, out, lse), extras, options, work, config, save_lse)
     return out, lse
+
+
+def _most(extras: Extras) -> dict[str, tuple[int, int]] | None:
+    """What limits the tile of wide heads."""
+    if extras.mask is not None:
+        return configs.ATTENTION_FORWARD_MASKED
+    return None if extras.key_mask is None else configs.ATTENTION_FORWARD_PADDED
 
 
 def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:

@@ -92,12 +92,17 @@ def sizes_of(q: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def config_of(
-    table: configs.AttentionTable, fp32: configs.AttentionTable, q: Tensor, v: Tensor, masked: bool = False
+    table: configs.AttentionTable,
+    fp32: configs.AttentionTable,
+    q: Tensor,
+    v: Tensor,
+    most: dict[str, tuple[int, int]] | None = None,
 ) -> configs.AttentionConfig:
-    """The configuration for these tensors, of `fp32` if they are wider than 16 bits."""
-    table = fp32 if q.itemsize > 2 else table
-    head_dim = power_of_2(max(q.shape[-1], v.shape[-1]))
-    return configs.attention_config(table, _runtime.architecture(q.device), head_dim, masked)
+    """The configuration for these tensors, of `fp32` if they are wider than 16 bits, else no larger than `most`."""
+    architecture, head_dim = _runtime.architecture(q.device), power_of_2(max(q.shape[-1], v.shape[-1]))
+    if q.itemsize > 2:
+        return configs.attention_config(fp32, architecture, head_dim)
+    return configs.attention_config(table, architecture, head_dim, most)
 
 
 def switches_of(extras: Extras, options: Options) -> dict[str, Any]:

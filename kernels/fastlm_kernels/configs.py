@@ -61,6 +61,7 @@ class AttentionConfig:
 
 RowTable = dict[str, tuple[RowConfig, ...]]
 AttentionTable = dict[str, tuple[AttentionConfig, ...]]
+AttentionTiles = dict[str, tuple[int, int]]
 TUNED = Path(__file__).with_name("tuned.json")
 
 # Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
@@ -328,10 +329,10 @@ ATTENTION_DECODE: AttentionTable = {
 ATTENTION_REGISTERS = 255
 # The most (queries, keys) that a tile of wide heads may hold, by architecture, with a mask in memory, whose addresses
 # take registers too; the forward with a key_mask, which is one for all queries.
-ATTENTION_FORWARD_MASKED = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
-ATTENTION_FORWARD_PADDED = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
-ATTENTION_DQ_MASKED = dict.fromkeys(ARCHITECTURES, (128, 32))
-ATTENTION_DKDV_MASKED = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
+ATTENTION_FORWARD_MASKED: AttentionTiles = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
+ATTENTION_FORWARD_PADDED: AttentionTiles = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
+ATTENTION_DQ_MASKED: AttentionTiles = dict.fromkeys(ARCHITECTURES, (128, 32))
+ATTENTION_DKDV_MASKED: AttentionTiles = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
 ATTENTION_DECODE_ROWS = 64
 ATTENTION_DECODE_KEYS = 256
@@ -516,7 +517,7 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
 
 
 def attention_config(
-    table: AttentionTable, architecture: str, head_dim: int, most: dict[str, tuple[int, int]] | None = None
+    table: AttentionTable, architecture: str, head_dim: int, most: AttentionTiles | None = None
 ) -> AttentionConfig:
     """The configuration for heads of `head_dim` channels, the wider of keys and values.
 

@@ -126,7 +126,7 @@ MUTATIONS = (
     ),
     Mutation(
         "attention: what belongs to no document is left as it was",
-        "attention/_forward.py",
+        "attention/_operators.py",
         "        out.zero_()\n",
         "        pass\n",
         "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
@@ -238,21 +238,21 @@ MUTATIONS = (
     ),
     Mutation(
         "attention: earlier parts not brought to the new top",
-        "attention/_forward.py",
+        "attention/_decode.py",
         "total = total * shrink + weight\n        acc = acc * shrink[:, None] + part",
         "total = total + weight\n        acc = acc + part",
         "test_attention.py::test_few_queries_against_many_keys[1-3-torch.bfloat16]",
     ),
     Mutation(
         "attention: parts of a long cache added up unweighted",
-        "attention/_forward.py",
+        "attention/_decode.py",
         "shrink, weight = tl.exp2(top - base), tl.exp2(lse - base)",
         "shrink, weight = tl.exp2(top - base), tl.exp2(lse * 0.0)",
         "test_attention.py::test_few_queries_against_many_keys[1-3-torch.bfloat16]",
     ),
     Mutation(
         "attention: an empty part of a long cache is NaN",
-        "attention/_forward.py",
+        "attention/_decode.py",
         '        base = tl.where(higher == float("-inf"), 0.0, higher)\n        shrink, weight',
         "        base = higher\n        shrink, weight",
         "test_attention.py::test_a_split_that_sees_nothing_changes_nothing",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import _runtime, configs
-from .._rows import accumulator
 from .._runtime import kernel, tl
 from ._launch import (
     Extras,
@@ -15,9 +14,9 @@ from ._launch import (
     config_of,
     documents_of,
     grid_of,
+    launch_options,
     pointers_of,
     scalars_of,
-    sizes_of,
     strides_of,
     switches_of,
 )
@@ -237,16 +236,9 @@ def launch_keys(
             *(q.shape[2], k.shape[2], q.shape[2], heads, group, tiles, rows, section),
             *(*strides, *scalars_of(extras, options)),
         ),
-        num_warps=config.num_warps,
-        max_registers=configs.ATTENTION_REGISTERS,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        **sizes_of(q, v),
-        UNIT=unit,
-        STAGES=config.num_stages,
+        **launch_options(config, q, v, unit),
         **switches_of(extras, options),
         HAS_DQ=dq_sums is not None,
         HAS_DK=needs[1],
         HAS_DV=needs[2],
-        ACC=accumulator(q.dtype)[1],
     )

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _runtime, configs
-from .._rows import accumulator
 from .._runtime import kernel, tl
 from ._launch import (
     Extras,
     Options,
-    config_of,
-    documents_of,
-    empty_like,
-    grid_of,
+    launch_options,
     pointers_of,
-    power_of_2,
-    readable,
     scalars_of,
-    sizes_of,
-    stepping,
-    steps_of,
     strides_of,
     switches_of,
-    unit_of,
 )
 from ._tiles import VARYING, capped, kept_by, lengths, load_tile, place, seen_by, tile_range
 
@@ -322,54 +309,7 @@ def attention_forward_kernel(
         tl.store(lse_at + group_rows.to(tl.int64) * total_q + rows, lse, mask=rows_ok)
 
 
-@kernel(do_not_specialize=VARYING)
-def attention_combine_kernel(
-    PARTIAL,
-    PARTIAL_LSE,
-    OUT,
-    LSE,
-    T,
-    heads,
-    rows_of_heads,
-    splits,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    BLOCK_M: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    UNIT: tl.constexpr,
-    SAVE_LSE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """out = sum over splits of 2^lse_i out_i / sum of 2^lse_i, always in the same order."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    count = tl.cast(rows_of_heads, tl.int64) * T
-    rows_ok = rows < count
-    e = tl.arange(0, BLOCK_E)
-    ok = rows_ok[:, None] & (e < E)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_E], dtype=ACC)
-    total = tl.zeros([BLOCK_M], dtype=ACC)
-    top = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
-    for split in range(splits):
-        at = split * count + rows
-        lse = tl.load(PARTIAL_LSE + at, mask=rows_ok, other=float("-inf"))
-        part = tl.load(PARTIAL + at[:, None] * E + e[None, :], mask=ok, other=0.0)
-        higher = tl.maximum(top, lse)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, weight = tl.exp2(top - base), tl.exp2(lse - base)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        top = higher
-    norm = tl.where(total == 0.0, 1.0, total)
-    row, t = rows // T, rows % T
-    out_at = OUT + ((row // heads) * stride_ob + (row % heads) * stride_oh + t * stride_ot)[:, None] * UNIT
-    tl.store(out_at + e[None, :], (acc / norm[:, None]).to(OUT.dtype.element_ty), mask=ok)
-    if SAVE_LSE:
-        tl.store(LSE + rows, tl.where(total == 0.0, float("-inf"), top + tl.log2(norm)), mask=rows_ok)
-
-
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """How a forward launch is cut into programs, in the kernel's order."""
 
     heads: int  # that have programs of their own: of queries, or of keys when the queries of a group go together
@@ -381,57 +321,11 @@ class _Work(NamedTuple):
     chunk: int = 0
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse), lse in units of log2, empty if it is not asked for."""
-    extras, options, save_lse = stepping(Extras(*rest[:6])), Options(*rest[6:-1]), rest[-1]
-    out, lse = fake_forward(q, k, v, *rest)
-    if out.numel() == 0:
-        return out, lse
-    if k.numel() == 0 or extras.cu_q is not None:
-        # What belongs to no document is never written.
-        out.zero_()
-        lse.fill_(-math.inf)
-    if k.numel() == 0:
-        return out, lse
-    q, k, v = readable(q), readable(k), readable(v)
-    if _few_queries(q, k, extras, options):
-        _launch_decode((q, k, v, out, lse), extras, options, save_lse)
-        return out, lse
-    config = config_of(configs.ATTENTION_FORWARD, configs.ATTENTION_FP32, q, v, _most(extras))
-    if not _describable(config, (q, k, v), extras):
-        config = configs.by_pointers(config)
-    batch, longest, keys = documents_of(q, k, extras, options)
-    group = q.shape[1] // k.shape[1]
-    key_bytes = keys * (q.shape[-1] + v.shape[-1]) * q.itemsize
-    tiles, rows, section = grid_of(batch, q.shape[1], longest, config.block_m, group, key_bytes)
-    work = _Work(q.shape[1], group, tiles, rows, section)
-    _run_forward((q, k, v, out, lse), extras, options, work, config, save_lse)
-    return out, lse
-
-
-def _most(extras: Extras) -> dict[str, tuple[int, int]] | None:
-    """What limits the tile of wide heads."""
-    if extras.mask is not None:
-        return configs.ATTENTION_FORWARD_MASKED
-    return None if extras.key_mask is None else configs.ATTENTION_FORWARD_PADDED
-
-
-def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:
-    """Whether the tiles can be loaded as the configuration says: descriptors want rows on 16-byte boundaries.
-
-    Warps that only load cannot load masks, which have no descriptors.
-    """
-    if config.loads == "specialized" and (extras.mask is not None or extras.key_mask is not None):
-        return False
-    rows = (x.shape[-1] % unit_of(x) == 0 and steps_of(x)[2] >= x.shape[-1] for x in tensors)
-    return config.loads == "pointers" or (tensors[0].itemsize == 2 and all(rows))
-
-
-def _run_forward(
+def run_forward(
     tensors: tuple[Tensor, ...],
     extras: Extras,
     options: Options,
-    work: _Work,
+    work: Work,
     config: configs.AttentionConfig,
     save_lse: bool,
     split: bool = False,
@@ -440,7 +334,6 @@ def _run_forward(
     """Launch the forward kernel on q, k, v, out, lse."""
     q, k, v, out, lse = tensors
     unit, strides = strides_of(q, k, v, out)
-    descriptors, specialized = config.loads != "pointers", config.loads == "specialized"
     _runtime.launch(
         attention_forward_kernel,
         (work.tiles * work.rows * work.splits,),
@@ -451,65 +344,11 @@ def _run_forward(
             *(*strides[:9], stride_split // unit, *strides[9:]),
             *scalars_of(extras, options),
         ),
-        num_warps=config.num_warps,
-        max_registers=None if specialized else configs.ATTENTION_REGISTERS,
-        scratch=descriptors,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        **sizes_of(q, v),
-        UNIT=unit,
-        STAGES=config.num_stages,
-        DESCRIPTORS=descriptors,
-        SPECIALIZED=specialized,
+        **launch_options(config, q, v, unit),
+        scratch=config.loads != "pointers",
+        DESCRIPTORS=config.loads != "pointers",
+        SPECIALIZED=config.loads == "specialized",
         **switches_of(extras, options),
         SPLIT=split,
         SAVE_LSE=save_lse,
-        ACC=accumulator(q.dtype)[1],
     )
-
-
-def _few_queries(q: Tensor, k: Tensor, extras: Extras, options: Options) -> bool:
-    """Whether all queries of a group of heads fit one small tile against keys long enough to be split."""
-    rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    few = rows <= configs.ATTENTION_DECODE_ROWS and k.shape[2] >= configs.ATTENTION_DECODE_KEYS
-    return few and extras.cu_q is None and options.dropout == 0.0
-
-
-def _launch_decode(tensors: tuple[Tensor, ...], extras: Extras, options: Options, save_lse: bool) -> None:
-    """Few queries, many keys: a program for each chunk of the keys, then their results by their log-sum-exps."""
-    q, k, v, out, lse = tensors
-    (B, H, T, _), Hk, S, E = q.shape, k.shape[1], k.shape[2], v.shape[-1]
-    config = config_of(configs.ATTENTION_DECODE, configs.ATTENTION_FP32, q, v)
-    config = replace(config, block_m=power_of_2(T * (H // Hk)))
-    blocks = -(-S // config.block_n)
-    wanted = -(-configs.ATTENTION_DECODE_PROGRAMS * _runtime.multiprocessors(q.device) // (B * Hk))
-    each = -(-blocks // min(blocks, wanted))
-    splits = -(-blocks // each)
-    work = _Work(Hk, H // Hk, 1, B * Hk, B * Hk, splits, each * config.block_n)
-    if splits == 1:
-        _run_forward(tensors, extras, options, work, config, save_lse, split=True)
-        return
-    acc, tl_acc = accumulator(q.dtype)
-    partial, partial_lse = (
-        torch.empty(shape, dtype=acc, device=q.device) for shape in ((splits * B, H, T, E), (splits * B, H, T))
-    )
-    _run_forward((q, k, v, partial, partial_lse), extras, options, work, config, True, True, B * H * T * E)
-    unit, strides = strides_of(out)
-    sizes = sizes_of(q, v)
-    _runtime.launch(
-        attention_combine_kernel,
-        (-(-B * H * T // configs.ATTENTION_COMBINE_ROWS),),
-        (partial, partial_lse, out, lse, T, H, B * H, splits, *strides),
-        num_warps=4,
-        BLOCK_M=configs.ATTENTION_COMBINE_ROWS,
-        E=E,
-        BLOCK_E=sizes["BLOCK_E"],
-        UNIT=unit,
-        SAVE_LSE=save_lse,
-        ACC=tl_acc,
-    )
-
-
-def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse = torch.empty(q.shape[:3] if rest[-1] else (0,), dtype=accumulator(q.dtype)[0], device=q.device)
-    return empty_like(q, v.shape[-1]), lse

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _runtime, configs
+from .._rows import accumulator
 
 
 class Options(NamedTuple):
@@ -96,13 +97,28 @@ def config_of(
     fp32: configs.AttentionTable,
     q: Tensor,
     v: Tensor,
-    most: dict[str, tuple[int, int]] | None = None,
+    most: configs.AttentionTiles | None = None,
 ) -> configs.AttentionConfig:
     """The configuration for these tensors, of `fp32` if they are wider than 16 bits, else no larger than `most`."""
     architecture, head_dim = _runtime.architecture(q.device), power_of_2(max(q.shape[-1], v.shape[-1]))
     if q.itemsize > 2:
         return configs.attention_config(fp32, architecture, head_dim)
     return configs.attention_config(table, architecture, head_dim, most)
+
+
+def launch_options(config: configs.AttentionConfig, q: Tensor, v: Tensor, unit: int) -> dict[str, Any]:
+    """What every large kernel is launched with, besides switches."""
+    return {
+        "num_warps": config.num_warps,
+        # Specialized warps divide the registers among themselves.
+        "max_registers": None if config.loads == "specialized" else configs.ATTENTION_REGISTERS,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        **sizes_of(q, v),
+        "UNIT": unit,
+        "STAGES": config.num_stages,
+        "ACC": accumulator(q.dtype)[1],
+    }
 
 
 def switches_of(extras: Extras, options: Options) -> dict[str, Any]:

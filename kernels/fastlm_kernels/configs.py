@@ -260,14 +260,14 @@ ATTENTION_ONE_PASS: AttentionTable = {
     **dict.fromkeys(
         ("sm_80", "sm_86", "sm_89"),
         (
-            AttentionConfig(64, 32, 128, 8, 2),
+            AttentionConfig(64, 16, 128, 8, 2),
             AttentionConfig(128, 16, 64, 8, 2),
             AttentionConfig(256, 16, 32, 8, 1),
         ),
     ),
     "sm_120": (
-        AttentionConfig(64, 32, 64, 8, 2),
-        AttentionConfig(128, 16, 64, 8, 1),
+        AttentionConfig(64, 16, 128, 8, 2),
+        AttentionConfig(128, 16, 32, 8, 2),
         AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
@@ -332,6 +332,7 @@ ATTENTION_REGISTERS = 255
 ATTENTION_FORWARD_MASKED: AttentionTiles = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
 ATTENTION_FORWARD_PADDED: AttentionTiles = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
 ATTENTION_DQ_MASKED: AttentionTiles = dict.fromkeys(ARCHITECTURES, (128, 32))
+ATTENTION_ONE_PASS_MASKED: AttentionTiles = dict.fromkeys(("sm_90", "sm_100"), (32, 64))
 ATTENTION_DKDV_MASKED: AttentionTiles = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
 ATTENTION_DECODE_ROWS = 64

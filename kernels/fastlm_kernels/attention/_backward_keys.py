@@ -218,9 +218,10 @@ def launch_keys(
 ) -> None:
     """dk and dv of `grads` as `needs` says; with `dq_sums`, dense zeros, dq is added to them."""
     q, k, v, do, _, _ = inputs
-    table = configs.ATTENTION_DKDV if dq_sums is None else configs.ATTENTION_ONE_PASS
-    most = None if extras.mask is None else configs.ATTENTION_DKDV_MASKED
-    config = config_of(table, configs.ATTENTION_FP32, q, v, most)
+    table, most = configs.ATTENTION_DKDV, configs.ATTENTION_DKDV_MASKED
+    if dq_sums is not None:
+        table, most = configs.ATTENTION_ONE_PASS, configs.ATTENTION_ONE_PASS_MASKED
+    config = config_of(table, configs.ATTENTION_FP32, q, v, None if extras.mask is None else most)
     batch, queries, keys = documents_of(q, k, extras, options)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     query_bytes = group * queries * (q.shape[-1] + v.shape[-1]) * q.itemsize

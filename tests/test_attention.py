@@ -658,7 +658,7 @@ def test_one_pass_gives_the_gradients_of_two(case: str, kernel_device: str, monk
 @kernels
 @pytest.mark.parametrize("loads", ["descriptors", "specialized"])
 @pytest.mark.parametrize(
-    "case", [{}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}], ids=case_name
+    "case", [{"causal": True}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}], ids=case_name
 )
 def test_descriptors_load_what_pointers_load(
     loads: Any, case: dict[str, Any], kernel_device: str, monkeypatch: pytest.MonkeyPatch

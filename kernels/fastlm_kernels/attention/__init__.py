@@ -22,7 +22,12 @@ FLOPs: 4 L S D a head forward, half of it when causal. Scores are never stored: 
 one number a query, lse in units of log2. Saved for backward: those five. Backward is a pass for delta (reads out and
 dout), then a kernel for dk and dv, a program for each tile of keys, over the queries of all heads that read it, and one
 for dq, a program for each tile of queries: 14 L S D, the scores formed twice, because every sum is then made by one
-program in one order. Two runs give the same bits; the 10 L S D of a single pass would add up dq by atomics.
+program in one order. Two runs give the same bits. With deterministic=False the first of the two makes dq as well and
+adds it up by atomics, in fp32: 10 L S D, 8 bytes more a channel of dq for every tile of keys that it meets in L2.
+
+In order of reading: `_tiles` (what kernels share), `_forward` and `_decode`, `_backward` with `_backward_keys` and
+`_backward_queries` (kernels and their launchers), `_operators` (registration), `_reference` (the definition in
+PyTorch's operators), and here the public functions; `_launch` is what launchers share.
 
 Tiles that the causal bound, the window or a document's end leaves empty are never loaded; tiles seen whole take no
 mask arithmetic by position; the program with the most tiles starts first; heads that share keys, and as many others as

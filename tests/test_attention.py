@@ -658,13 +658,17 @@ def test_one_pass_gives_the_gradients_of_two(case: str, kernel_device: str, monk
 @kernels
 @pytest.mark.parametrize("loads", ["descriptors", "specialized"])
 @pytest.mark.parametrize(
-    "case", [{"causal": True}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}], ids=case_name
+    "case",
+    [{"align": "bottom_right"}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}],
+    ids=case_name,
 )
 def test_descriptors_load_what_pointers_load(
     loads: Any, case: dict[str, Any], kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same tiles give the same bits, between NaN on both sides; a mask in memory keeps to pointers."""
-    arguments = _inputs(kernel_device, torch.float16, **{"rows": 70, "keys": 131, "heads": 2, "lse": True, **case})
+    arguments = _inputs(
+        kernel_device, torch.float16, **{"rows": 70, "keys": 131, "kv_heads": 2, "heads": 2, "lse": True, **case}
+    )
     for name in ("query", "key", "value"):
         x = arguments[name].detach()
         around = torch.full((1, x.shape[1], x.shape[2] + 400, x.shape[3]), math.nan, dtype=x.dtype, device=x.device)

@@ -254,28 +254,26 @@ ATTENTION_DKDV: AttentionTable = {
         ),
     ),
 }
-# dq too: as many keys as registers allow, since every tile of keys adds to all of dq.
+# dq too: as many keys as registers allow, since every tile of keys adds to all of dq. Wider heads spill whatever the
+# tile: they take two passes.
 ATTENTION_ONE_PASS: AttentionTable = {
-    "generic": ATTENTION_DKDV["generic"],
+    "generic": ATTENTION_DKDV["generic"][:2],
     **dict.fromkeys(
         ("sm_80", "sm_86", "sm_89"),
         (
             AttentionConfig(64, 16, 128, 8, 2),
             AttentionConfig(128, 16, 64, 8, 2),
-            AttentionConfig(256, 16, 32, 8, 1),
         ),
     ),
     "sm_120": (
         AttentionConfig(64, 16, 128, 8, 2),
         AttentionConfig(128, 16, 32, 8, 2),
-        AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
         ("sm_90", "sm_100"),
         (
             AttentionConfig(64, 32, 128, 8, 2),
             AttentionConfig(128, 64, 64, 8, 2),
-            AttentionConfig(256, 16, 32, 8, 1),
         ),
     ),
 }

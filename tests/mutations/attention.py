@@ -9,7 +9,7 @@ ONE_PASS = ACCURATE.format(
     "scaled_dot_product_attention-rows67-columns24-keys131-heads4-kv_heads2-alignbottom_right-one_pass-float32"
 )
 SAME = "test_attention.py::test_one_pass_gives_the_gradients_of_two[{}]"
-DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[causal-descriptors]"
+DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[alignbottom_right-descriptors]"
 
 MUTATIONS = (
     Mutation(
@@ -218,8 +218,8 @@ MUTATIONS = (
     Mutation(
         "attention: one pass asked for and not taken",
         "attention/_backward.py",
-        "    if keys and needs[0] and not options.deterministic:",
-        "    if keys and needs[0] and not options.deterministic and options.max_q < 0:",
+        "    if keys and needs[0] and one_pass:",
+        "    if keys and needs[0] and one_pass and options.max_q < 0:",
         SAME.format("packed"),
     ),
     Mutation(

@@ -231,7 +231,8 @@ def scaled_dot_product_attention(
     return_lse: (out, lse) with lse (B, H, L) the natural log of the summed exponentials, fp32 (float64 for float64),
         differentiable, -inf where a query sees no key.
     deterministic: False permits a backward in one pass, of 5 matrix products instead of 7, that adds up the gradient
-        of query by atomics: in fp32, but in any order, so that two runs may differ in the last bits.
+        of query by atomics: in fp32, but in any order, so that two runs may differ in the last bits. Heads of more
+        than 128 channels take two passes all the same.
 
     The kernel takes fp32, fp16 and bf16, head dimensions up to 256 and bool masks; float masks and all else are
     PyTorch's operator. Dropout equals PyTorch's in distribution, its seed drawn from the default generator. Our options

@@ -15,6 +15,8 @@ from ._backward_queries import launch_queries
 from ._launch import Extras, Options, empty_like, power_of_2, readable, stepping, strides_of
 from ._tiles import VARYING, load_tile
 
+_WIDEST_IN_ONE_PASS = 128
+
 
 @kernel(do_not_specialize=VARYING)
 def attention_delta_kernel(
@@ -76,7 +78,8 @@ def launch_backward(
     q, k, v, do = readable(q), readable(k), readable(v), readable(do)
     inputs = (q, k, v, do, _launch_delta(out, do, lse, dlse), lse)
     keys = needs[1] or needs[2]
-    if keys and needs[0] and not options.deterministic:
+    one_pass = not options.deterministic and max(q.shape[-1], v.shape[-1]) <= _WIDEST_IN_ONE_PASS
+    if keys and needs[0] and one_pass:
         sums = torch.zeros(q.shape, dtype=accumulator(q.dtype)[0], device=q.device)
         launch_keys(inputs, grads, extras, options, needs, sums)
         grads[0].copy_(sums)

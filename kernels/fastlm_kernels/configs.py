@@ -196,7 +196,13 @@ ATTENTION_FP32: AttentionTable = {
         AttentionConfig(64, 32, 32, 4, 1),
         AttentionConfig(128, 32, 32, 8, 1),
         AttentionConfig(256, 16, 16, 8, 1),
-    )
+    ),
+    # twice the tile spills 1 KB in dK/dV
+    "gfx942": (
+        AttentionConfig(64, 32, 32, 4, 1),
+        AttentionConfig(128, 16, 16, 8, 1),
+        AttentionConfig(256, 16, 16, 8, 1),
+    ),
 }
 ATTENTION_FORWARD: AttentionTable = {
     "generic": (

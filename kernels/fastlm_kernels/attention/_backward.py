@@ -109,6 +109,7 @@ def _launch_delta(out: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None) -> 
             *(T, H, tiles, *strides, *([0] * 3 if dlse is None else dlse.stride())),
         ),
         num_warps=4,
+        max_registers=configs.ATTENTION_REGISTERS,
         BLOCK_M=block_m,
         E=E,
         BLOCK_E=block_e,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime, attention, configs
+from fastlm_kernels.attention import _operators
 from fastlm_kernels.check import compare, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
 
@@ -379,6 +382,20 @@ def _inputs(device: str, dtype: torch.dtype = torch.float32, seed: int = 3, **ca
     return arguments
 
 
+def _launched(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """What `run` returns, and the kernels that it launches."""
+    names: list[str] = []
+    launch = _runtime.launch
+
+    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
+        names.append(fn.__name__)
+        launch(fn, grid, arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_runtime, "launch", noted)
+        return run(), names
+
+
 def _assert_accurate(arguments: dict[str, Any]) -> None:
     reference = attention.scaled_dot_product_attention_reference
     upstream = upstream_gradients(reference, arguments, 4)
@@ -548,13 +565,13 @@ def test_views_of_one_projection_are_read_in_place(kernel_device: str, monkeypat
     merged = torch.randn(2, 9, 6, 16, device=kernel_device)
     q, k, v = (x.requires_grad_() for x in merged.transpose(1, 2).split([4, 1, 1], 1))
     addresses: list[set[int]] = []
-    launch = attention.launch
+    launch = _runtime.launch
 
     def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
         addresses.append({a.data_ptr() for a in arguments if isinstance(a, Tensor)})
         launch(fn, grid, arguments, **options)
 
-    monkeypatch.setattr(attention, "launch", noted)
+    monkeypatch.setattr(_runtime, "launch", noted)
     out = fk.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
     assert out.transpose(1, 2).is_contiguous()
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -574,18 +591,10 @@ def test_few_queries_against_many_keys(
     """The keys are split over programs; the parts, combined by their log-sum-exps, are the whole."""
     monkeypatch.setattr(configs, "ATTENTION_DECODE_PROGRAMS", splits)
     monkeypatch.setattr(_runtime, "multiprocessors", lambda device: 1)
-    names: list[str] = []
-    launch = attention.launch
-
-    def noted(fn: Any, grid: Any, arguments: tuple[Any, ...], **options: Any) -> None:
-        names.append(fn.__name__)
-        launch(fn, grid, arguments, **options)
-
-    monkeypatch.setattr(attention, "launch", noted)
     case = {"rows": rows, "keys": 600, "heads": 3, "kv_heads": 1, "align": "bottom_right", "padded": True, "lse": True}
     arguments = _inputs(kernel_device, dtype, **case, window=(500, -1))
     with torch.no_grad():
-        found = fk.scaled_dot_product_attention(**arguments)
+        found, names = _launched(lambda: fk.scaled_dot_product_attention(**arguments), monkeypatch)
         assert torch.equal(found[0], fk.scaled_dot_product_attention(**arguments)[0])
     _assert_accurate(arguments)
     assert ("attention_combine_kernel" in names) == (splits > 1)
@@ -601,6 +610,109 @@ def test_a_split_that_sees_nothing_changes_nothing(kernel_device: str, monkeypat
     expected, expected_lse = attention.scaled_dot_product_attention_reference(**clean)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+# One pass: dq by atomics.
+
+ONE_PASS: dict[str, dict[str, Any]] = {
+    "window, softcap, lse": {"window": (40, 9), "softcap": 2.0, "lse": True, "causal": False},
+    "dropout": {"padded": True, "dropout": 0.3},
+    "mask": {"masked": (0,), "causal": False, "rows": 40},
+}
+
+
+@kernels
+@pytest.mark.parametrize("case", [*ONE_PASS, "packed"])
+@pytest.mark.usefixtures("poisoned")
+def test_one_pass_gives_the_gradients_of_two(case: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every feature, all but the last bits; no second kernel forms the scores again."""
+    if case == "packed":
+        packed = _documents(kernel_device, torch.float32)
+        leaves, options = packed[:3], {"window_size": (-1, 0), "enable_gqa": True}
+        call = partial(fk.varlen_attn, *packed, **options)
+    else:
+        given = {"rows": 67, "keys": 131, "heads": 4, "kv_heads": 2, **ONE_PASS[case]}
+        dropout = given.pop("dropout", 0.0)
+        arguments = _inputs(kernel_device, **given)
+        leaves = [arguments[name] for name in ("query", "key", "value")]
+        call = partial(fk.scaled_dot_product_attention, **arguments, dropout_p=dropout)
+
+    def gradients(deterministic: bool) -> Any:
+        torch.manual_seed(3)
+        outputs = call(deterministic=deterministic)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seen = [x.masked_fill(x == -math.inf, 0.0) for x in outputs]
+        return torch.autograd.grad(torch.stack([x.sin().sum() for x in seen]).sum(), leaves)
+
+    expected = gradients(True)
+    found, names = _launched(lambda: gradients(False), monkeypatch)
+    assert "attention_dkdv_kernel" in names
+    assert "attention_dq_kernel" not in names
+    for grad, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+# Tiles by descriptors.
+
+
+@kernels
+@pytest.mark.parametrize("loads", ["descriptors", "specialized"])
+@pytest.mark.parametrize(
+    "case",
+    [{"align": "bottom_right"}, {"window": (50, 20), "causal": False, "padded": True, "columns": 24}],
+    ids=case_name,
+)
+def test_descriptors_load_what_pointers_load(
+    loads: Any, case: dict[str, Any], kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tiles give the same bits, between NaN on both sides; a mask in memory keeps to pointers."""
+    arguments = _inputs(
+        kernel_device, torch.float16, **{"rows": 70, "keys": 131, "kv_heads": 2, "heads": 2, "lse": True, **case}
+    )
+    for name in ("query", "key", "value"):
+        x = arguments[name].detach()
+        around = torch.full((1, x.shape[1], x.shape[2] + 400, x.shape[3]), math.nan, dtype=x.dtype, device=x.device)
+        around[:, :, 200:-200] = x
+        arguments[name] = around[:, :, 200:-200]
+    expected = fk.scaled_dot_product_attention(**arguments)
+    present = configs.ATTENTION_FORWARD["generic"][0]
+    switches: list[tuple[bool, bool]] = []
+    launch = _runtime.launch
+
+    def noted(*given: Any, **options: Any) -> None:
+        switches.append((options["DESCRIPTORS"], options["SPECIALIZED"]))
+        launch(*given, **options)
+
+    monkeypatch.setattr(_runtime, "launch", noted)
+    monkeypatch.setitem(configs.ATTENTION_FORWARD, "generic", (replace(present, loads=loads),))
+    found = fk.scaled_dot_product_attention(**arguments)
+    masked = "padded" in case and loads == "specialized"
+    assert switches == [(not masked, loads == "specialized" and not masked)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@kernels
+def test_descriptors_want_rows_on_16_byte_boundaries(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 20 channels, fp32 and expanded keys are read by pointers, by the tile that suits those."""
+    noted: list[Any] = []
+    run = _operators.run_forward
+
+    def noting(tensors: Any, extras: Any, options: Any, work: Any, config: Any, *rest: Any) -> None:
+        noted.append((config.loads, config.num_warps, config.block_n))
+        run(tensors, extras, options, work, config, *rest)
+
+    monkeypatch.setattr(_operators, "run_forward", noting)
+    for table in ("ATTENTION_FORWARD", "ATTENTION_FP32"):
+        config = configs.AttentionConfig(64, 32, 128, 4, 2, "specialized")
+        monkeypatch.setitem(getattr(configs, table), "generic", (config,))
+    q = torch.randn(1, 1, 40, 16, dtype=torch.float16, device=kernel_device)
+    one = q[:, :, :1].expand_as(q)
+    for call in ((q, q, q), (q[..., :10], q[..., :10], q), (q.float(), q.float(), q.float()), (q, one, one)):
+        torch.testing.assert_close(
+            fk.scaled_dot_product_attention(*call), F.scaled_dot_product_attention(*call), rtol=1e-2, atol=1e-3
+        )
+    assert noted == [("specialized", 4, 128), *[("pointers", 8, 64)] * 3]
 
 
 # Packed documents on the kernel.
@@ -692,7 +804,7 @@ def test_packed_documents_compile_whole_and_pass_opcheck(kernel_device: str) -> 
         ):
             assert torch.equal(a, b)
     q, k, v = (x.detach().transpose(0, 1)[None].requires_grad_() for x in arguments[:3])
-    options = (max_q, max_k, -1, 0, True, 0.25, 0.0, 0.0, True)
+    options = (max_q, max_k, -1, 0, True, 0.25, 0.0, 0.0, True, True)
     checks = torch.library.opcheck(
         attention.attention_forward.op, (q, k, v, None, None, *arguments[3:], None, None, *options)
     )

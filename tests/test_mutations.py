@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from mutations import MUTATIONS
+from mutations.mutation import PACKAGE
 
 from fastlm_kernels.registry import KERNELS
 
@@ -32,16 +34,20 @@ def _mutations(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True)
 
 
+def _kernels_of(module: ModuleType) -> list[ast.FunctionDef]:
+    functions = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]
+    return [f for f in functions if f.name.endswith("_kernel") and not f.name.startswith("_")]
+
+
 def test_every_kernel_has_at_least_three_mutations() -> None:
     """The kernels of the registry's modules, counted by where a mutation's text lies."""
-    for module in {sys.modules[kernel.fused.__module__] for kernel in KERNELS}:
-        text = inspect.getsource(module)
-        functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-        kernels = [f for f in functions if f.name.endswith("_kernel") and not f.name.startswith("_")]
-        assert kernels
-        for node in kernels:
+    for kernel in KERNELS:
+        assert any(_kernels_of(module) for module in kernel.modules), kernel.name
+    for module in {module for kernel in KERNELS for module in kernel.modules}:
+        text, file = inspect.getsource(module), Path(str(module.__file__)).relative_to(PACKAGE).as_posix()
+        for node in _kernels_of(module):
             body = ast.get_source_segment(text, node) or ""
-            aimed = [m for m in MUTATIONS if m.file == Path(str(module.__file__)).name and m.old in body]
+            aimed = [m for m in MUTATIONS if m.file == file and m.old in body]
             assert len(aimed) >= 3, f"{node.name} has {len(aimed)} mutations"
 
 

@@ -65,6 +65,25 @@ def test_the_present_tile_and_those_around_it_are_tried() -> None:
     assert {c.num_warps for c in tune.candidates(RowConfig(1, 512, 32), loops=True)} == {16, 32}
 
 
+def test_descriptors_are_tried_where_the_hardware_has_them() -> None:
+    """By tiles that compile there: the fastest of them is taken, and kept in a form that is read again."""
+    subject = next(subject for subject in SUBJECTS if subject.table == "ATTENTION_FORWARD")
+
+    def seconds(subject: Subject, case: Case) -> float:
+        used = {a: configs.attention_config(configs.ATTENTION_FORWARD, a, case["columns"]) for a in ("sm_89", "sm_90")}
+        return 0.5 if any(config.loads == "specialized" for config in used.values()) else 1.0
+
+    trial = replace(clock({}), milliseconds=seconds)
+    assert tune.tune_bucket(subject, 0, "sm_89", trial)[0].loads == "pointers"
+    best = tune.tune_bucket(subject, 0, "sm_90", trial)[0]
+    assert (best.loads, best.num_warps, best.block_m) == ("specialized", 4, 128)
+    assert {c.num_warps for c in tune.candidates(best, loops=True)} == {4}
+    configs.save("ATTENTION_FORWARD", "sm_90", (best,), "a GPU")
+    del configs.ATTENTION_FORWARD["sm_90"]
+    configs.read_tuned(configs.TUNED)
+    assert configs.ATTENTION_FORWARD["sm_90"] == (best,)
+
+
 def test_the_fastest_wins() -> None:
     """And the line says by how much."""
     best, line = tune.tune_bucket(FORWARD, 2, "sm_90", clock({8: 0.5}))

@@ -36,6 +36,7 @@ need: at most two binaries for each of them, whatever their values.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import threading
@@ -307,12 +308,14 @@ def launch(
     *,
     num_warps: int,
     max_registers: int | None = None,
+    scratch: bool = False,
     **constexprs: Any,
 ) -> None:
     """Launch `kernel` on the device of its first tensor argument, on that device's current stream.
 
     max_registers  registers a thread may use where the hardware has them. Given none, NVIDIA's assembler prefers a
                    few more resident warps to the last few registers, and spills.
+    scratch        the kernel needs memory of its own, as one that makes descriptors does; freed after it has run
     """
     options = {"num_warps": num_warps}
     if max_registers is not None and _is_nvidia():
@@ -320,8 +323,20 @@ def launch(
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, constexprs, options))
         return
+    run = functools.partial(kernel[grid], *arguments, **constexprs, **options)
     with on_device(next(a for a in arguments if isinstance(a, Tensor))):
-        kernel[grid](*arguments, **constexprs, **options)
+        # Triton's allocator is a context variable: set in a copy of the context, it is the launch's alone.
+        contextvars.copy_context().run(_with_allocator, run) if scratch else run()
+
+
+def _with_allocator(run: Callable[[], object]) -> None:
+    triton.set_allocator(_allocate)  # type: ignore[union-attr]
+    run()
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Of the caching allocator, whose blocks are aligned and not given to another stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _is_nvidia() -> bool:

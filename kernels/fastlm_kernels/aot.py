@@ -263,7 +263,7 @@ def code_lines(source: str) -> list[str]:
 
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
-    modules = {kernel.fused.__module__ for kernel in KERNELS}
+    modules = {module.__name__ for kernel in KERNELS for module in kernel.modules}
     modules |= {f"{__package__}.optim.{name}" for name in ("_muon_plan", "_plan", "_symmetric", "_update", "steps")}
     modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_math", "_rows", "_runtime")}
     digest = hashlib.sha256()

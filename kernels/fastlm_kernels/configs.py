@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+WITH_TENSOR_MEMORY_ACCELERATOR = ("sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class AttentionConfig:
     """A tile of `block_m` queries x `block_n` keys of heads of up to `head_dim` channels, on `num_warps` warps.
 
     num_stages  tiles of what a program walks that are in flight: all but one of them in shared memory
+    loads       how the forward loads its tiles: by pointers; by descriptors, for the tensor memory accelerator of sm_90
+                and later; or "specialized", by descriptors in a warp group of its own beside those that compute (of
+                num_warps warps each). Only measured tables ask for descriptors: no GPU has run them yet.
     """
 
     head_dim: int
@@ -52,10 +56,12 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    loads: Literal["pointers", "descriptors", "specialized"] = "pointers"
 
 
 RowTable = dict[str, tuple[RowConfig, ...]]
 AttentionTable = dict[str, tuple[AttentionConfig, ...]]
+AttentionTiles = dict[str, tuple[int, int]]
 TUNED = Path(__file__).with_name("tuned.json")
 
 # Sorted by block_n: the first that holds a whole row is used, so that the row is read once and stays in registers.
@@ -190,7 +196,13 @@ ATTENTION_FP32: AttentionTable = {
         AttentionConfig(64, 32, 32, 4, 1),
         AttentionConfig(128, 32, 32, 8, 1),
         AttentionConfig(256, 16, 16, 8, 1),
-    )
+    ),
+    # twice the tile spills 1 KB in dK/dV
+    "gfx942": (
+        AttentionConfig(64, 32, 32, 4, 1),
+        AttentionConfig(128, 16, 16, 8, 1),
+        AttentionConfig(256, 16, 16, 8, 1),
+    ),
 }
 ATTENTION_FORWARD: AttentionTable = {
     "generic": (
@@ -198,8 +210,13 @@ ATTENTION_FORWARD: AttentionTable = {
         AttentionConfig(128, 64, 32, 4, 1),
         AttentionConfig(256, 32, 32, 4, 1),
     ),
+    "sm_80": (
+        AttentionConfig(64, 128, 64, 8, 2),
+        AttentionConfig(128, 128, 64, 8, 3),  # with a window 2 spill
+        AttentionConfig(256, 64, 32, 8, 1),
+    ),
     **dict.fromkeys(
-        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        ("sm_86", "sm_89", "sm_120"),
         (
             AttentionConfig(64, 128, 64, 8, 2),
             AttentionConfig(128, 128, 64, 8, 2),
@@ -222,12 +239,17 @@ ATTENTION_DKDV: AttentionTable = {
         AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
-        ("sm_80", "sm_86", "sm_89", "sm_120"),
+        ("sm_80", "sm_86", "sm_89"),
         (
             AttentionConfig(64, 32, 128, 8, 2),
             AttentionConfig(128, 32, 64, 8, 2),
             AttentionConfig(256, 16, 32, 8, 1),
         ),
+    ),
+    "sm_120": (
+        AttentionConfig(64, 32, 64, 8, 2),
+        AttentionConfig(128, 16, 64, 8, 2),
+        AttentionConfig(256, 16, 32, 8, 1),
     ),
     **dict.fromkeys(
         ("sm_90", "sm_100"),
@@ -235,6 +257,29 @@ ATTENTION_DKDV: AttentionTable = {
             AttentionConfig(64, 64, 128, 8, 2),
             AttentionConfig(128, 32, 128, 8, 2),
             AttentionConfig(256, 32, 64, 8, 1),
+        ),
+    ),
+}
+# dq too: as many keys as registers allow, since every tile of keys adds to all of dq. Wider heads spill whatever the
+# tile: they take two passes.
+ATTENTION_ONE_PASS: AttentionTable = {
+    "generic": ATTENTION_DKDV["generic"][:2],
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89"),
+        (
+            AttentionConfig(64, 16, 128, 8, 2),
+            AttentionConfig(128, 16, 64, 8, 2),
+        ),
+    ),
+    "sm_120": (
+        AttentionConfig(64, 16, 128, 8, 2),
+        AttentionConfig(128, 16, 32, 8, 2),
+    ),
+    **dict.fromkeys(
+        ("sm_90", "sm_100"),
+        (
+            AttentionConfig(64, 32, 128, 8, 2),
+            AttentionConfig(128, 64, 64, 8, 2),
         ),
     ),
 }
@@ -284,10 +329,15 @@ ATTENTION_DECODE: AttentionTable = {
         ),
     ),
 }
-# Without this the assembler stops at 80 in some fp32 binaries, and spills.
-ATTENTION_FP32_REGISTERS = 255
-# With a mask in memory and wide heads: addresses of the mask's bytes take registers too.
-ATTENTION_MASKED_KEYS = 32
+# Without this the assembler stops at 80 in some fp32 binaries, at 32 in the one pass on sm_80, and spills.
+ATTENTION_REGISTERS = 255
+# The most (queries, keys) that a tile of wide heads may hold, by architecture, with a mask in memory, whose addresses
+# take registers too; the forward with a key_mask, which is one for all queries.
+ATTENTION_FORWARD_MASKED: AttentionTiles = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
+ATTENTION_FORWARD_PADDED: AttentionTiles = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
+ATTENTION_DQ_MASKED: AttentionTiles = dict.fromkeys(ARCHITECTURES, (128, 32))
+ATTENTION_ONE_PASS_MASKED: AttentionTiles = dict.fromkeys(("sm_90", "sm_100"), (32, 64))
+ATTENTION_DKDV_MASKED: AttentionTiles = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
 ATTENTION_DECODE_ROWS = 64
 ATTENTION_DECODE_KEYS = 256
@@ -471,14 +521,30 @@ def symmetric_config(architecture: str, dtype: torch.dtype, size: int) -> Symmet
     return SymmetricConfig(128, 64, 8, _SYMMETRIC_STAGES.get(architecture, 3))
 
 
-def attention_config(table: AttentionTable, architecture: str, head_dim: int, masked: bool = False) -> AttentionConfig:
-    """The configuration for heads of `head_dim` channels, the wider of keys and values; `masked`: by a tensor."""
+def attention_config(
+    table: AttentionTable, architecture: str, head_dim: int, most: AttentionTiles | None = None
+) -> AttentionConfig:
+    """The configuration for heads of `head_dim` channels, the wider of keys and values.
+
+    most  with a mask in memory: the (queries, keys) by architecture that a tile of wide heads may hold
+    """
     config = next(c for c in table.get(architecture, table["generic"]) if c.head_dim >= head_dim)
-    if masked and head_dim > 64:
-        config = replace(
-            config, block_n=min(config.block_n, ATTENTION_MASKED_KEYS), num_stages=min(config.num_stages, 2)
-        )
-    return config
+    if most is None or architecture not in most or head_dim <= 64:
+        return config
+    queries, keys = most[architecture]
+    queries, keys, stages = min(config.block_m, queries), min(config.block_n, keys), min(config.num_stages, 2)
+    return replace(config, block_m=queries, block_n=keys, num_stages=stages)
+
+
+def by_pointers(config: AttentionConfig) -> AttentionConfig:
+    """The configuration with pointers for tensors that descriptors cannot read: tiles that then need no more registers.
+
+    A specialized one has two warp groups that compute.
+    """
+    if config.loads == "pointers":
+        return config
+    warps = config.num_warps * (2 if config.loads == "specialized" else 1)
+    return replace(config, loads="pointers", num_warps=warps, block_n=min(config.block_n, 64))
 
 
 def attention_section(bytes_each: int) -> int:

@@ -7,10 +7,14 @@ every kernel can ask any of them for a size.
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +62,13 @@ class Kernel:
     def name(self) -> str:
         """The public function's name."""
         return self.fused.__name__
+
+    @property
+    def modules(self) -> list[ModuleType]:
+        """Where its kernels stand: the public function's module, and those in its folder if it is a package."""
+        own = sys.modules[self.fused.__module__]
+        inside = pkgutil.iter_modules(getattr(own, "__path__", ()), f"{own.__name__}.")
+        return [own, *(importlib.import_module(module.name) for module in inside)]
 
 
 def case_name(case: Case) -> str:
@@ -567,11 +578,12 @@ def _attention_inputs(
     padded: bool = False,
     masked: tuple[int, ...] | None = None,
     lse: bool = False,
+    one_pass: bool = False,
 ) -> Arguments:
     """Arguments of scaled_dot_product_attention: `rows` queries of heads of `columns` channels, `keys` keys.
 
     Tensors are (batch, positions, heads, channels) in memory. `padded` gives a key_mask; `masked` names the axes over
-    which a bool mask is broadcast, and its first query sees nothing.
+    which a bool mask is broadcast, and its first query sees nothing. `one_pass` gives deterministic=False.
     """
     g = generator_of(seed)
     S = rows if keys is None else keys
@@ -590,6 +602,8 @@ def _attention_inputs(
     options = {"causal_align": align, "window_size": window, "softcap": softcap, "scale": scale, "return_lse": lse}
     off = {"causal_align": "top_left", "window_size": (-1, -1), "return_lse": False}
     arguments |= {name: value for name, value in options.items() if value != off.get(name)}
+    if one_pass:
+        arguments["deterministic"] = False
     # Two keys stay visible: of one alone the gradient of a query is 0, which PyTorch misses by its rounding too.
     if padded:
         arguments["key_mask"] = _random_mask((batch, S), device, g)
@@ -654,6 +668,7 @@ _ATTENTION_SMALL: tuple[Case, ...] = (
     {"rows": 33, "columns": 16, "keys": 67, "masked": (0, 1), "window": (-1, 40), "causal": False, "softcap": 2.0},
     {"rows": 2, "columns": 16, "keys": 300, "heads": 4, "align": "bottom_right", "lse": True},
     {"rows": 9, "columns": 160, "heads": 1, "keys": 34, "masked": (1, 2), "padded": True, "causal": False},
+    {"rows": 67, "columns": 24, "keys": 131, "heads": 4, "kv_heads": 2, "align": "bottom_right", "one_pass": True},
 )
 _ATTENTION_QUICK: tuple[Case, ...] = (
     {"rows": 64, "columns": 64, "heads": 2, "kv_heads": 2},
@@ -684,6 +699,8 @@ _ATTENTION_LARGE: tuple[Case, ...] = (
             {"padded": True, "causal": False},
             {"masked": (0, 1), "causal": False},
             {"lse": True},
+            {"one_pass": True},
+            {"one_pass": True, "columns": 64, "heads": 32, "kv_heads": 32},
             {"columns": 80},
             {"columns": 256, "heads": 8, "kv_heads": 8},
         )
@@ -697,6 +714,17 @@ _ATTENTION_COMPILED: tuple[Case, ...] = (
         for columns in (64, 128)
         for switches in (
             {"causal": False},
+            {"window": (1023, -1)},
+            {"softcap": 30.0},
+            {"padded": True, "causal": False},
+            {"masked": (0, 1), "causal": False},
+        )
+    ),
+    *({"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True} for columns in (64, 128)),
+    *(
+        {"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True, **switches}
+        for columns in (64, 128)
+        for switches in (
             {"window": (1023, -1)},
             {"softcap": 30.0},
             {"padded": True, "causal": False},

@@ -73,6 +73,7 @@ SUBJECTS = (
     Subject("ELEMENTWISE", "silu", "both", {"columns": 4096}),
     Subject("ATTENTION_FORWARD", "scaled_dot_product_attention", "forward", _HEADS),
     Subject("ATTENTION_DKDV", "scaled_dot_product_attention", "backward", _HEADS),
+    Subject("ATTENTION_ONE_PASS", "scaled_dot_product_attention", "backward", {**_HEADS, "one_pass": True}),
     Subject("ATTENTION_DQ", "scaled_dot_product_attention", "backward", _HEADS),
     Subject("ATTENTION_FP32", "scaled_dot_product_attention", "both", _FEW_HEADS, torch.float32),
     Subject("ATTENTION_DQ_FP32", "scaled_dot_product_attention", "backward", _FEW_HEADS, torch.float32),
@@ -90,9 +91,17 @@ def candidates(config: Any, loops: bool) -> Iterator[Any]:
     size = "tile_bytes" if isinstance(config, ElementwiseConfig) else "block_m"
     for factor, warps in itertools.product((0.5, 1, 2), repeat=2):
         changes = {size: int(getattr(config, size) * factor), "num_warps": int(config.num_warps * warps)}
-        if changes[size] >= 1 and 1 <= changes["num_warps"] <= 32:
+        specialized = getattr(config, "loads", None) == "specialized" and warps != 1
+        if changes[size] >= 1 and 1 <= changes["num_warps"] <= 32 and not specialized:
             for stages in (1, 2, 3, 4) if loops else (None,):
                 yield replace(config, **changes, **({} if stages is None else {"num_stages": stages}))
+
+
+def descriptor_candidates(present: AttentionConfig) -> Iterator[AttentionConfig]:
+    """Tiles by descriptors: the present one, and those that the compiler gives a loading warp group of its own."""
+    yield replace(present, loads="descriptors")
+    for queries, keys, stages in ((128, 64, 3), (128, 64, 2), (128, 128, 2), (64, 128, 2)):
+        yield AttentionConfig(present.head_dim, queries, keys, 4, stages, "specialized")
 
 
 def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
@@ -104,9 +113,12 @@ def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
 
 
 def spills(subject: Subject, case: Case, architecture: str) -> bool:
-    """Whether a binary of this call spills or does not fit, under the tables as they are."""
+    """Whether a binary of this call spills, does not fit or does not compile, under the tables as they are."""
     launches = aot.record(KERNELS.index(kernel_named(subject.kernel)), case, subject.dtype, architecture)
-    return not all(aot.describe(launch, architecture, True).ok for launch in launches)
+    try:
+        return not all(aot.describe(launch, architecture, True).ok for launch in launches)
+    except RuntimeError:  # warp specialisation of a tile that the compiler cannot cut
+        return True
 
 
 def accurate(subject: Subject, case: Case) -> bool:
@@ -156,10 +168,11 @@ def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -
     table = configs.rows_of(subject.table, architecture)
     present, case = table[index], bucket_case(subject, table[index], kernel_named(subject.kernel))
     seen: dict[Any, float] = {}
+    tried = candidates(present, "BACKWARD" in subject.table or isinstance(present, AttentionConfig))
+    if subject.table == "ATTENTION_FORWARD" and architecture in configs.WITH_TENSOR_MEMORY_ACCELERATOR:
+        tried = itertools.chain(tried, descriptor_candidates(present))
     # The present one first, so that all others have something to beat.
-    for config in dict.fromkeys(
-        (present, *candidates(present, "BACKWARD" in subject.table or isinstance(present, AttentionConfig)))
-    ):
+    for config in dict.fromkeys((present, *tried)):
         with configs.trying(subject.table, architecture, (*table[:index], config, *table[index + 1 :])):
             if not trial.spills(subject, case, architecture) and trial.accurate(subject, case):
                 seen[config] = trial.milliseconds(subject, case)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a model: pure arithmetic on a configuration, no tensor is made."""
+"""Parameters and FLOPs of a model: pure arithmetic on a configuration, no tensor is made."""
 
 from __future__ import annotations
 
@@ -76,25 +76,3 @@ def peak_flops(device_name: str) -> float | None:
     if re.search(r"\b(Ti|Laptop|Mobile|Max-Q|D)\b", device_name):  # other chips under the names of these
         return None
     return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", device_name)), None)
-
-
-def memory_bytes(
-    cfg: ModelConfig,
-    vocab_size: int,
-    micro_batch_size: int,
-    seq_len: int,
-    *,
-    compute_bytes: int,
-    recompute: bool,
-) -> int:
-    """An estimate of the peak bytes of a training step.
-
-    fp32 parameter, gradient and two moments: 16 bytes a parameter. A block keeps about 2 residual-width rows for each
-    of its 2 norms, q, k, v, the attention's output and 2 rows of the MLP's 4 D: 16 D values a token (with `recompute`
-    D a block, and one block's 16 D). Logits, softmax and gradient take 12 bytes a token and vocabulary entry, 18 with a
-    soft-cap, as measured on a CPU.
-    """
-    tokens = micro_batch_size * seq_len
-    values = (cfg.n_layer + 16 if recompute else 16 * cfg.n_layer) * cfg.n_embd
-    logits = (18 if cfg.logit_softcap else 12) * vocab_size
-    return 16 * parameters(cfg, vocab_size).total + tokens * (values * compute_bytes + logits)

@@ -152,7 +152,6 @@ BAD_FLAGS = [
     (["--optim.schedule", "exponential"], "--optim.min_lr_ratio", "0.0", "0.1 for one"),
     # what a later version brings
     (["--model.family", "lstm"], "--model.family", "lstm", "later version; use modern or gpt2"),
-    (["--model.attention", "flash"], "--model.attention", "flash", "later version; use auto, triton or sdpa"),
     (["--train.parallel", "ddp"], "--train.parallel", "ddp", "later version; use auto"),
     (["--train.parallel", "fsdp"], "--train.parallel", "fsdp", "later version; use auto"),
     (["--data.path", "hf:a/b"], "--data.path", "hf:a/b", "later version; give a file"),

@@ -25,6 +25,10 @@ from fastlm.data import IGNORE, Batch
 WARM_UPS = 2  # the second one meets every cache of the first filled
 
 
+class CaptureFailed(RuntimeError):
+    """The step cannot be recorded here; nothing has been trained yet, and eager steps can go on from where it was."""
+
+
 class Recorder(Protocol):
     """What turns work into something to replay; a test has one of its own."""
 
@@ -64,7 +68,7 @@ class CapturedStep:
     """`train.train_step` by replay: a (B, T) batch -> (loss, grad_norm), 0-d, tensors of their own each time.
 
     `accumulate(loss, inputs, targets, num_items, seeds_B)` does one micro-batch: it adds to p.grad and to `loss`.
-    `optimizer` is one that `build_optimizer(captured=True)` made. Records at the first call.
+    `optimizer` is one that `build_optimizer(captured=True)` made. Records at the first call, or raises CaptureFailed.
     """
 
     def __init__(
@@ -118,9 +122,11 @@ class CapturedStep:
         device = self.loss.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.recorder.warm_up(self._warm_up)
-        replays = self.recorder.record(self._accumulate), self.recorder.record(self.optimizer.step)
         self.optimizer.skipped_steps.copy_(skipped)
-        return replays
+        try:
+            return self.recorder.record(self._accumulate), self.recorder.record(self.optimizer.step)
+        except RuntimeError as error:
+            raise CaptureFailed(str(error).partition("\n")[0]) from error
 
     def _accumulate(self) -> None:
         self.accumulate(self.loss, self.inputs, self.targets, self.num_items, self.seeds_B)

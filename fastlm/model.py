@@ -163,16 +163,16 @@ class Block(nn.Module):
         h_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
-        keys_SB: Tensor | None,
+        keys_B: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`keys_SB` (2, B) holds each sample's dropout key at this layer's two sites."""
+        """`keys_B`: the samples' dropout keys at this layer's two sites, (B,) each."""
         branch_BTD = self.attn(y_BTD, rotation, cache)
-        if keys_SB is not None:
-            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_SB[0])
+        if keys_B is not None:
+            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[0])
         y_BTD, h_BTD = self.norm_mlp.add(branch_BTD, h_BTD)
         branch_BTD = rematerialized(self.mlp, y_BTD) if self.recompute_mlp else self.mlp(y_BTD)
-        if keys_SB is not None:
-            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_SB[1])
+        if keys_B is not None:
+            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[1])
         return branch_BTD, h_BTD
 
 
@@ -258,10 +258,10 @@ class GPT(nn.Module):
         """The normed output of the last layer, (B, T, D) in `compute_dtype`: what the head reads."""
         start, T = (cache.length if cache is not None else 0), tokens_BT.size(1)
         h_BTD, rotation = self._embed(tokens_BT, start)
-        keys_SB = None
+        site_keys_B = None
         if seeds_B is not None and self.cfg.dropout > 0:
-            keys_SB = site_keys(seeds_B, 1 + 2 * len(self.blocks))
-            h_BTD = keyed_dropout(h_BTD, self.cfg.dropout, keys_SB[0])
+            site_keys_B = site_keys(seeds_B, 1 + 2 * len(self.blocks))
+            h_BTD = keyed_dropout(h_BTD, self.cfg.dropout, site_keys_B[0])
         run = Block.__call__
         if torch.is_grad_enabled():
             run = self.compiled_block or run
@@ -273,8 +273,8 @@ class GPT(nn.Module):
                 y_BTD = block.norm_attn(h_BTD)
             else:
                 y_BTD, h_BTD = block.norm_attn.add(branch_BTD, h_BTD)
-            keys = None if keys_SB is None else keys_SB[2 * layer + 1 : 2 * layer + 3]
-            branch_BTD, h_BTD = run(block, y_BTD, h_BTD, rotation, cache, keys)
+            keys_B = None if site_keys_B is None else site_keys_B[2 * layer + 1 : 2 * layer + 3]
+            branch_BTD, h_BTD = run(block, y_BTD, h_BTD, rotation, cache, keys_B)
         if cache is not None:
             cache.length += T
         assert branch_BTD is not None
@@ -362,9 +362,9 @@ def sample_dropout(x_BTD: Tensor, p: float, seeds_B: Tensor, site: int) -> Tenso
     return keyed_dropout(x_BTD, p, site_keys(seeds_B, site + 1)[site])
 
 
-def site_keys(seeds_B: Tensor, sites: int) -> Tensor:
-    """One dropout key for each site and sample: (sites, B) int64 in [0, 2^32)."""
-    return hash32(hash32(seeds_B) + torch.arange(sites, device=seeds_B.device)[:, None])
+def site_keys(seeds_B: Tensor, sites: int) -> tuple[Tensor, ...]:
+    """For each dropout site one key a sample, (B,) int64 in [0, 2^32)."""
+    return hash32(hash32(seeds_B) + torch.arange(sites, device=seeds_B.device).unsqueeze(1)).unbind()
 
 
 def keyed_dropout(x_BTD: Tensor, p: float, key_B: Tensor) -> Tensor:

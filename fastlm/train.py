@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import fastlm_kernels as fk
 from fastlm import checkpoint
-from fastlm.capture import CapturedStep, CudaRecorder
+from fastlm.capture import CapturedStep, CaptureFailed, CudaRecorder
 from fastlm.compiled import CHECKED_UPDATES, check_compiled, compile_block, compile_note
 from fastlm.config import Config, dump_config, parse_config
 from fastlm.data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
@@ -160,10 +160,21 @@ class Trainer:
 
     def _make_step(self) -> Step:
         """`train_step` of this run's model and optimizer, on a GPU as CUDA graphs."""
+        eager = partial(train_step, self.model, self.optimizer, micro_batch_size=self.micro_batch_size)
         if not self.cfg.train.cuda_graphs:
-            return partial(train_step, self.model, self.optimizer, micro_batch_size=self.micro_batch_size)
+            return eager
         work, recorder = partial(accumulate, self.model), CudaRecorder(self.device)
-        return CapturedStep(work, self.optimizer, recorder, micro_batch_size=self.micro_batch_size)
+        captured = CapturedStep(work, self.optimizer, recorder, micro_batch_size=self.micro_batch_size)
+
+        def step(batch: Batch, seeds_B: Tensor | None) -> tuple[Tensor, Tensor]:
+            try:
+                return captured(batch, seeds_B)
+            except CaptureFailed as failure:
+                self.progress.note(f"CUDA graphs: off from here on, recording failed ({failure})")
+                self.step = eager
+                return eager(batch, seeds_B=seeds_B)
+
+        return step
 
     def _seeds(self) -> Tensor | None:
         """One dropout seed for each sample of the next update; made on the device, so that nobody waits for a copy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -18,11 +19,11 @@ def uploaded(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield from batches
         return
     stream = torch.cuda.Stream(device)
-    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    waiting: tuple[Batch, Any] | None = None  # with the event that its copies are over
     for batch in batches:
         with torch.cuda.stream(stream):
-            moved = Batch(*(x.to(device, non_blocking=True) for x in batch[:2]), batch.first_sample)
-            following = moved, stream.record_event()
+            inputs, targets = (x.to(device, non_blocking=True) for x in batch[:2])
+            following = Batch(inputs, targets, batch.first_sample), stream.record_event()
         if waiting is not None:
             yield _received(*waiting)
         waiting = following
@@ -30,7 +31,7 @@ def uploaded(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         yield _received(*waiting)
 
 
-def _received(batch: Batch, event: torch.cuda.Event) -> Batch:
+def _received(batch: Batch, event: Any) -> Batch:
     """`batch`, for which the device's current stream waits."""
     current = torch.cuda.current_stream(batch.inputs.device)
     current.wait_event(event)

@@ -213,6 +213,36 @@ def arguments_of(
 
 @needs_kernels
 @every_mode
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.usefixtures("tiny_plans")
+def test_rows_past_num_classes_stand_for_no_class(kernel_device: str, reduction: str) -> None:
+    """The padded head gives the same loss and gradients, and zeros for its own rows: one whole block of them, too."""
+    arguments, _ = arguments_of(kernel_device, reduction=reduction, softcap=5.0)
+    arguments |= {"linear_bias": None}
+    whole = {name: arguments[name].detach().clone().requires_grad_() for name in ("input", "linear_weight")}
+    classes = whole["linear_weight"].shape[0]
+    loss = fk.linear_cross_entropy(**arguments | whole)
+    loss.sum().backward()
+    padded = F.pad(whole["linear_weight"].detach(), (0, 0, 0, 7)).requires_grad_()
+    input = whole["input"].detach().clone().requires_grad_()
+    again = fk.linear_cross_entropy(**arguments | {"input": input, "linear_weight": padded}, num_classes=classes)
+    again.sum().backward()
+    assert padded.grad is not None
+    assert not padded.grad[classes:].any()
+    pairs = (again, loss), (input.grad, whole["input"].grad), (padded.grad[:classes], whole["linear_weight"].grad)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "bias"), [(0, False), (12, False), (True, False), (5, True)])
+def test_num_classes_cuts_a_plain_head(classes: int, bias: bool) -> None:
+    input, linear_weight, added, target, _ = _inputs()
+    with pytest.raises(ValueError, match="num_classes"):
+        fk.linear_cross_entropy(input, linear_weight, target, linear_bias=added if bias else None, num_classes=classes)
+
+
+@needs_kernels
+@every_mode
 @every_dtype
 @pytest.mark.parametrize(
     "case",

@@ -373,6 +373,7 @@ def operator_inputs(arguments: dict[str, Any], needs: list[bool], reduction: str
         0.0,
         0.0,
         None,
+        arguments["linear_weight"].shape[0],
         needs,
         reduction == "none",
     )
@@ -419,7 +420,7 @@ def test_products_of_a_loss_for_each_token(mode: str, kernel_device: str, launch
     with Calls() as calls:
         loss, *_, lse = module.linear_cross_entropy_forward.launch(*inputs)
     assert calls.products == TOKEN_CHUNKS
-    rest = (inputs[0], inputs[1], None, inputs[3], None, *inputs[7:11], [True, True, False])
+    rest = (inputs[0], inputs[1], None, inputs[3], None, *inputs[7:12], [True, True, False])
     with Calls() as calls:
         module.linear_cross_entropy_backward.launch(torch.ones_like(loss), lse, *rest)
     parts = TOKEN_CHUNKS if mode == "tokens" else CLASS_BLOCKS
@@ -750,7 +751,8 @@ def test_operators_of_a_loss_for_each_token_pass_opcheck(mode: str, case: Any, k
     needs = [True, True, "bias" in case]
     leaves = [arguments[name].detach() for name in ("input", "linear_weight")]
     bias, weight = (arguments.get(name) for name in ("linear_bias", "weight"))
-    options = (-100, *(case.get(name, 0.0) for name in ("label_smoothing", "z_loss")), case.get("softcap"))
+    terms = (case.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
+    options = (-100, *terms, case.get("softcap"), leaves[1].shape[0])
     tensors = (*leaves, None if bias is None else bias.detach(), arguments["target"], weight)
     outputs = module.linear_cross_entropy_forward.op(*tensors, None, "none", *options, [False] * 3, True)
     checked = torch.library.opcheck(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlm.config import Config, ModelConfig
@@ -26,6 +27,24 @@ PEAK_FLOPS = (
     ("RTX 3090", 71e12),
     ("A10", 125e12),
     ("MI300X", 1307e12),
+)
+
+# Memory bandwidth in bytes/s from the same sheets.
+PEAK_BANDWIDTH = (
+    ("B200", 8.0e12),
+    ("H200", 4.8e12),
+    ("H100 PCIe", 2.0e12),
+    ("H100 NVL", 3.9e12),
+    ("H100", 3.35e12),
+    ("A100-SXM4-80GB", 2.04e12),
+    ("L40S", 864e9),
+    ("L40", 864e9),
+    ("L4", 300e9),
+    ("RTX 5090", 1792e9),
+    ("RTX 4090", 1008e9),
+    ("RTX 3090", 936e9),
+    ("A10", 600e9),
+    ("MI300X", 5.3e12),
 )
 
 
@@ -73,6 +92,15 @@ def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, None where it is not tabled."""
+    return _tabled(PEAK_FLOPS, device_name)
+
+
+def peak_bandwidth(device_name: str) -> float | None:
+    """The device's memory bandwidth in bytes/s, None where it is not tabled."""
+    return _tabled(PEAK_BANDWIDTH, device_name)
+
+
+def _tabled(table: Sequence[tuple[str, float]], device_name: str) -> float | None:
     if re.search(r"\b(Ti|Laptop|Mobile|Max-Q|D)\b", device_name):  # other chips under the names of these
         return None
-    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", device_name)), None)
+    return next((peak for words, peak in table if re.search(rf"\b{words}\b", device_name)), None)

@@ -245,7 +245,7 @@ class GPT(nn.Module):
             reduction=reduction,
             softcap=self.cfg.logit_softcap or None,
             num_items=num_items,
-            num_classes=self.vocab_size,
+            num_classes=self.vocab_size if self.vocab_size < self.head.weight.size(0) else None,
         )
 
     def logits(self, y_BTD: Tensor) -> Tensor:
@@ -285,7 +285,9 @@ class GPT(nn.Module):
         T = tokens_BT.size(1)
         h_BTD = self.embed(tokens_BT)
         if self.positions is not None:
-            positions_TD = self.positions.weight.narrow(0, start, T)
+            positions_TD = self.positions.weight
+            if positions_TD.size(0) != T:  # a view's gradient would be a copy of the whole table
+                positions_TD = positions_TD.narrow(0, start, T)
             return (h_BTD.float() + positions_TD.float()).to(self.compute_dtype), None
         # Rows of the embedding may grow at will: only their direction enters.
         return self.norm_out(h_BTD.to(self.compute_dtype)), self.rope.narrow(1, start, T).unbind()

@@ -43,6 +43,7 @@ from fastlm.optim import set_lr
 from fastlm.run import Prepared, prepare, total_steps
 from fastlm.samples import append_sample, draw_sample, drop_samples_after
 from fastlm.schedule import multiplier
+from fastlm.step_profile import StepProfile
 from fastlm.upload import uploaded
 from fastlm.weights import model_tensors, optimizer_tensors
 
@@ -113,6 +114,7 @@ class Trainer:
         self.total_steps = total_steps(self.cfg, self.order.windows_per_epoch)
         self.token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
         self.meter = Meter(self.cfg, self.data.vocab_size, self.device)
+        self.profile = StepProfile(self.cfg, self.data.vocab_size, self.device, self.out, progress.note)
         self.unread: list[Update] = []  # updates whose norm the host has not looked at yet
         self.stop_signal: int | None = None
         self.last_eval: tuple[int, float] | None = None  # step and loss on the subset
@@ -124,7 +126,7 @@ class Trainer:
         self.metrics = MetricsLog(self.out, state.step, saved=saved)
         pin_memory = self.device.type == "cuda"
         loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples, pin_memory)
-        with self.lock, self.metrics, loader, self._signals(), self._kernels():
+        with self.lock, self.metrics, loader, self.profile, self._signals(), self._kernels():
             self._begin()
             return self._loop(loader)
 
@@ -133,7 +135,7 @@ class Trainer:
         for batch in uploaded(loader, self.device):
             if train.check_compile and train.compile and self.state.step < first + CHECKED_UPDATES:
                 self._check_compiled(batch)
-            update = self._update(batch)
+            update = self.profile.run(self._update, batch)
             if self.state.step == first + 1:
                 self._note_first(update)
             last, stop = self._is_last(), self.stop_signal  # one look at the signal an iteration

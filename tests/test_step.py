@@ -1,5 +1,6 @@
 """The training step's forms: captured, with masters, padded, compiled; what none of them may do."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,14 @@ from test_resume import STEPS, train_until
 from tiny import events, final_weights, record, train, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm import resolve
+from fastlm import resolve, step_profile
 from fastlm import train as train_module
 from fastlm.capture import CapturedStep
 from fastlm.compiled import check_compiled, compile_block
 from fastlm.config import Config, OptimConfig, TrainConfig
 from fastlm.data import Batch
 from fastlm.errors import GuardStop
+from fastlm.flops import flops_per_token
 from fastlm.memory import block_bytes, stem_bytes, step_memory
 from fastlm.model import GPT, hash32
 from fastlm.optim import build_optimizer, set_lr
@@ -187,20 +189,24 @@ class TestWeights:
 
 
 class Watch(TorchDispatchMode):
-    """Notes operators that make the host wait for the device, and casts of parameters."""
+    """Notes operators that make the host wait for the device, those that copy, and casts of parameters."""
 
     WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+    COPYING = ("_to_copy", "copy_", "clone", "cat", "slice_backward", "select_backward", "as_strided_scatter")
 
     def __init__(self, parameters: list[torch.Tensor]):
         super().__init__()
         self.places = {p.data_ptr() for p in parameters}
         self.waits: list[str] = []
         self.casts: list[str] = []
+        self.copies: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in self.WAITING:
             self.waits.append(name)
+        if name in self.COPYING:
+            self.copies.append(name)
         if name == "_to_copy" and args[0].data_ptr() in self.places:
             self.casts.append(str(tuple(args[0].shape)))
         return func(*args, **(kwargs or {}))
@@ -218,6 +224,13 @@ class TestInvariants:
             step(batches(2)[1], SEEDS)
         assert watch.waits == []
         assert watch.casts == []
+
+    def test_a_cpu_step_copies_only_to_join_the_gradients_of_q_k_and_v(self):
+        model = build("gpt2")
+        optimizer = build_optimizer(OptimConfig(name="adamw"), model)
+        with Watch([]) as watch:
+            train_step(model, optimizer, batches(1)[0], micro_batch_size=8)
+        assert watch.copies == ["cat"] * model.cfg.n_layer
 
     @pytest.mark.needs_kernels
     @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -274,6 +287,50 @@ class TestInvariants:
             check_compiled(model, batch.inputs, batch.targets, SEEDS)
         assert model.compiled_block is wrong
         assert all(p.grad is None for p in model.parameters())
+
+
+class TestProfile:
+    def test_a_trace_and_a_table_of_families(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        out = tmp_path / "run"
+        train(write_corpus(tmp_path / "corpus.txt"), out, "--train.profile", "true", steps=6)
+        trace = json.loads((out / "profile/trace.json").read_text())
+        assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+        table = (out / "profile/families.txt").read_text()
+        assert "profile of 3 updates" in capsys.readouterr().out
+        rows = [line.split("  ") for line in table.splitlines()[1:]]
+        assert {"matrix products", "attention", "norm", "optimizer"} <= {row[0] for row in rows}
+        spent = [float(line[16:].split()[0]) for line in table.splitlines()[1:]]
+        assert sum(spent[:-1]) == pytest.approx(spent[-1], abs=0.01)
+        assert spent[:-1] == sorted(spent[:-1], reverse=True)
+
+    def test_floors_are_work_over_peaks(self, monkeypatch: pytest.MonkeyPatch):
+        cfg = Config(device="cuda", train=TrainConfig(batch_size=8, micro_batch_size=8, precision="bf16"))
+        resolve_model(cfg)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        found = step_profile.floors(cfg, 50257)
+        tokens = 8 * cfg.data.seq_len
+        work = tokens * flops_per_token(cfg.model, 50257, cfg.data.seq_len, causal=True)
+        assert found["matrix products"] + found["attention"] == pytest.approx(1e3 * work / 989e12)
+        assert found["loss"] == pytest.approx(1e3 * 2 * tokens * 50257 * 2 / 4.8e12)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
+        assert step_profile.floors(cfg, 50257) == {}
+
+    @pytest.mark.parametrize(
+        ("name", "family"),
+        [
+            ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
+            ("nvjet_sm90_tst_128x256_64x4", "matrix products"),
+            ("flash_fwd_kernel", "attention"),
+            ("cross_entropy_forward_kernel", "loss"),
+            ("rms_norm_backward_kernel", "norm"),
+            ("Memcpy DtoD (Device -> Device)", "copies"),
+            ("aten::addmm", "matrix products"),
+            ("update_kernel", "optimizer"),
+            ("vectorized_elementwise_kernel", "other"),
+        ],
+    )
+    def test_names_tell_families(self, name: str, family: str):
+        assert step_profile.family(name) == family
 
 
 class TestMemory:

@@ -85,6 +85,17 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, **options: Any) -> Tensor:
+    """flash-attn's kernel for 16-bit tensors of a GPU; PyTorch's elsewhere, where such a run may be opened, too."""
+    if not q_BHTC.is_cuda or q_BHTC.dtype == torch.float32:
+        return sdpa(q_BHTC, k_BKSC, v_BKSC, **options)
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    # Its causal mask ends at the last key, as a cache wants it; without a cache both corners are one.
+    q_BTHC, k_BSKC, v_BSKC = (x.transpose(1, 2) for x in (q_BHTC, k_BKSC, v_BKSC))
+    return flash_attn_func(q_BTHC, k_BSKC, v_BSKC, causal=True, deterministic=True).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention over merged Q, K, V projections: (B, T, D) -> (B, T, D)."""
 
@@ -93,7 +104,8 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.n_kv_head = layer, cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.head_dim = cfg.n_embd // cfg.n_head
         self.rotary = cfg.family == "modern"
-        self.attend = fk.scaled_dot_product_attention if cfg.attention == "triton" else sdpa
+        kinds = {"triton": fk.scaled_dot_product_attention, "flash": flash_attention}
+        self.attend = kinds.get(cfg.attention, sdpa)
         bias = cfg.family == "gpt2" and cfg.bias
         self.sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
         self.qkv = Linear(cfg.n_embd, sum(self.sizes) * self.head_dim, bias=bias)

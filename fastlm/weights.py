@@ -51,12 +51,14 @@ def model_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Scalar]:
     """`checkpoint.optimizer_tensors` without masters, which are the model's, and without padding."""
-    found = checkpoint.optimizer_tensors(optimizer, model.named_parameters())
+    parameters: dict[str, Any] = dict(model.named_parameters())
     kept: dict[str, Tensor | Scalar] = {}
-    for key, value in found.items():
+    for key, value in checkpoint.optimizer_tensors(optimizer, parameters.items()).items():
         name, _, state = key.partition("/")
-        if state != MASTER:
-            kept[key] = cut_vocabulary(name, value, model.vocab_size) if isinstance(value, Tensor) else value
+        if state == MASTER:
+            continue
+        by_row = isinstance(value, Tensor) and value.shape == parameters[name].shape
+        kept[key] = cut_vocabulary(name, value, model.vocab_size) if by_row else value  # type: ignore[arg-type]
     return kept
 
 

@@ -1,6 +1,10 @@
 """The training step's forms: captured, with masters, padded, compiled; what none of them may do."""
 
+import importlib.util
 import json
+import os
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_model import build, some_tokens
 from test_resume import STEPS, train_until
 from tiny import events, final_weights, record, train, write_corpus
@@ -19,10 +24,10 @@ from fastlm.capture import CapturedStep
 from fastlm.compiled import check_compiled, compile_block
 from fastlm.config import Config, OptimConfig, TrainConfig
 from fastlm.data import Batch
-from fastlm.errors import GuardStop
+from fastlm.errors import GuardStop, InputError
 from fastlm.flops import flops_per_token
 from fastlm.memory import block_bytes, stem_bytes, step_memory
-from fastlm.model import GPT, hash32
+from fastlm.model import GPT, flash_attention, hash32
 from fastlm.optim import build_optimizer, set_lr
 from fastlm.resolve import resolve_model
 from fastlm.train import accumulate, train_step
@@ -289,6 +294,75 @@ class TestInvariants:
         assert all(p.grad is None for p in model.parameters())
 
 
+class TestResolved:
+    def resolve(self, **keys: Any) -> tuple[Config, list[str]]:
+        cfg = Config(train=TrainConfig(steps=5, batch_size=8))
+        for key, value in keys.items():
+            setattr(cfg.model if hasattr(cfg.model, key) else cfg.train, key, value)
+        return resolve.resolve(cfg, torch.device("cpu"), 61, 5)
+
+    def test_what_is_open_is_decided_and_said(self):
+        cfg, notes = self.resolve(recompute=True)
+        assert (cfg.train.micro_batch_size, cfg.train.recompute, cfg.train.cuda_graphs) == (8, "block", False)
+        text = "\n".join(notes)
+        assert "none measured on this cpu yet" in text
+        assert "CUDA graphs: off (not on cpu)" in text
+        assert "micro-batch: 8 of 8 sequences" in text
+
+    def test_the_micro_batch_is_the_largest_that_fits(self, monkeypatch: pytest.MonkeyPatch):
+        cfg = Config(train=TrainConfig(batch_size=8, micro_batch_size=4))
+        resolve_model(cfg)
+        needed = step_memory(cfg, 61).peak / resolve.MEMORY_SHARE
+        monkeypatch.setattr(os, "sysconf", lambda name: 4096 if "SIZE" in name else int(needed / 4096) + 1)
+        assert self.resolve(kernels="torch")[0].train.micro_batch_size == 4
+
+    def test_the_fastest_measured_attention_is_taken(self, monkeypatch: pytest.MonkeyPatch):
+        fastest = resolve.Fastest("triton", "bench/results/x/full_run.json")
+        monkeypatch.setattr(resolve, "FASTEST_ATTENTION", {"cpu": fastest})
+        assert self.resolve(kernels="torch")[0].model.attention == "sdpa", "no kernels, no kernel's attention"
+        monkeypatch.setattr(resolve, "_kernels", lambda cfg, device: ("triton", "kernels: ours"))
+        cfg, notes = self.resolve()
+        assert cfg.model.attention == "triton"
+        assert any("the fastest measured on cpu, bench/results/x" in note for note in notes)
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"attention": "flash"}, r"--model.attention: got flash; flash-attn is not installed .*; use auto or sdpa"),
+            ({"attention": "triton", "kernels": "torch"}, r"no Triton kernels in this run on cpu; use auto or sdpa"),
+            ({"cuda_graphs": True}, r"--train.cuda_graphs: got true; not on cpu; use auto"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=message):
+            self.resolve(**keys)
+
+    def test_flash_attn_where_it_is_but_not_for_this_run(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        with pytest.raises(InputError, match="bf16 on a GPU, this run in fp32 on cpu"):
+            self.resolve(attention="flash")
+
+    def test_flash_attn_is_called_in_its_own_layout(self, monkeypatch: pytest.MonkeyPatch):
+        """By a stand-in: the trainer's layout in, flash-attn's inside, the trainer's out."""
+
+        def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert options == {"causal": True, "deterministic": True}
+            parts = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+        q, kv = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16), torch.randn(2, 2, 6, 8, dtype=torch.bfloat16)
+        options = {"is_causal": True, "enable_gqa": True, "causal_align": "top_left"}
+        expected = flash_attention(q, kv, kv, **options)
+
+        class OnGpu(torch.Tensor):
+            is_cuda = True  # type: ignore[assignment]
+
+        y = flash_attention(q.as_subclass(OnGpu), kv, kv, **options)
+        assert torch.equal(y.as_subclass(torch.Tensor), expected)
+
+
 class TestProfile:
     def test_a_trace_and_a_table_of_families(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         out = tmp_path / "run"
@@ -367,3 +441,7 @@ class TestMemory:
         assert peaks == sorted(peaks, reverse=True)
         assert len(set(peaks)) == 4
         assert parts(recompute=True) == parts(recompute="block")
+        cfg = build("modern", n_embd=4096, n_head=1).cfg
+        rows = [round(block_bytes(cfg, 1, 2, dial) / 8192) for dial in ("none", "activation", "mlp", "block")]
+        told = f"of {rows[0]} rows of activations a layer (modern) it keeps {', '.join(map(str, rows))} "
+        assert told in (Path(__file__).parents[1] / "README.md").read_text()

@@ -89,9 +89,13 @@ class TestCapture:
             seen, addresses = [], set()
             for number, batch in enumerate(uploaded(batches(4), torch.device("cpu"))):
                 set_lr(optimizer, 1 / (number + 1))
+                assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.02 / (number + 1))
                 seen.append(step(batch, seeds_B=SEEDS + number))
                 addresses.add(tuple(p.grad.data_ptr() for p in model.parameters() if p.grad is not None))
             assert len(addresses) == 1
+            if capture:
+                summed = {p.grad.dtype for p in model.parameters() if p.grad is not None}
+                assert summed == {torch.float32 if micro < 8 else dtype}
             assert len({float(loss) for loss, _ in seen}) == 4, "results are tensors of their own"
             results.append([*sum(seen, ()), *model_tensors(model, optimizer).values()])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -191,6 +195,7 @@ class TestWeights:
         starts = [GPT(plain.cfg, 61, vocab_multiple=m).init_weights(torch.Generator().manual_seed(1)) for m in (1, 128)]
         first, second = (model.state_dict() for model in starts)
         assert all(torch.equal(first[key], second[key]) for key in first)
+        assert not starts[1].head.weight[61:].any()
 
 
 class Watch(TorchDispatchMode):

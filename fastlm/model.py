@@ -280,7 +280,8 @@ class GPT(nn.Module):
             if self.recompute_block:
                 run = functools.partial(rematerialized, run)
         branch_BTD = None
-        for layer, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for layer, block in enumerate(blocks):
             if branch_BTD is None:  # the first layer has nothing to add yet
                 y_BTD = block.norm_attn(h_BTD)
             else:
@@ -302,7 +303,8 @@ class GPT(nn.Module):
                 positions_TD = positions_TD.narrow(0, start, T)
             return (h_BTD.float() + positions_TD.float()).to(self.compute_dtype), None
         # Rows of the embedding may grow at will: only their direction enters.
-        return self.norm_out(h_BTD.to(self.compute_dtype)), self.rope.narrow(1, start, T).unbind()
+        cos, sin = self.rope.narrow(1, start, T).unbind()
+        return self.norm_out(h_BTD.to(self.compute_dtype)), (cos, sin)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> GPT:

@@ -99,12 +99,10 @@ class StepProfile:
 
 def milliseconds(averages: Iterable[Any], updates: int, device: torch.device) -> dict[str, float]:
     """Milliseconds an update by family, from the profiler's `key_averages`."""
-    from torch.autograd import DeviceType
-
     times: dict[str, float] = {}
     for event in averages:
         if device.type == "cuda":  # operators carry their kernels' time too: count kernels alone
-            own = event.self_device_time_total if event.device_type == DeviceType.CUDA else 0.0
+            own = event.self_device_time_total if event.device_type.name == "CUDA" else 0.0
         else:
             own = event.self_cpu_time_total
         if own:

@@ -217,8 +217,7 @@ def arguments_of(
 @pytest.mark.usefixtures("tiny_plans")
 def test_rows_past_num_classes_stand_for_no_class(kernel_device: str, reduction: str) -> None:
     """The padded head gives the same loss and gradients, and zeros for its own rows: one whole block of them, too."""
-    arguments, _ = arguments_of(kernel_device, reduction=reduction, softcap=5.0)
-    arguments |= {"linear_bias": None}
+    arguments: dict[str, Any] = arguments_of(kernel_device, reduction=reduction, softcap=5.0)[0] | {"linear_bias": None}
     whole = {name: arguments[name].detach().clone().requires_grad_() for name in ("input", "linear_weight")}
     classes = whole["linear_weight"].shape[0]
     loss = fk.linear_cross_entropy(**arguments | whole)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.baseline import PlainGPT, plain_bytes, plain_optimizers, plain_step
-from fastlm import checkpoint, run
+from fastlm import checkpoint, config, run
 from fastlm.config import Config, ModelConfig, OptimConfig
 from fastlm.data import Batch, Dataset
 from fastlm.flops import flops_per_token, parameters, peak_flops
@@ -124,7 +124,7 @@ def workload(
     with _room_for_a_rival(parameters(cfg.model, vocab_size).total, device):
         cfg, _ = resolve(cfg, device, vocab_size, steps=1000)
     most = max(1, _MOST_MICRO_TOKENS // cfg.data.seq_len)
-    cfg.train.micro_batch_size = _divisor(cfg.train.batch_size, min(most, cfg.train.micro_batch_size or most))
+    cfg.train.micro_batch_size = _divisor(cfg.train.batch_size, min(most, config.micro_batch_size(cfg, most)))
     return Workload(preset, cfg, vocab_size, device)
 
 
@@ -297,7 +297,7 @@ def start(provider: str, build: Callable[[], Update], work: Workload, micro_batc
 
 def start_ours(work: Workload) -> Contender:
     """The trainer's step at the micro-batch that the workload names."""
-    return start("fastlm", lambda: fastlm_update(work), work, work.cfg.train.micro_batch_size or 1)
+    return start("fastlm", lambda: fastlm_update(work), work, config.micro_batch_size(work.cfg, 1))
 
 
 def start_plain(work: Workload, micro_batch_size: int) -> Contender:

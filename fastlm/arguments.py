@@ -225,6 +225,8 @@ def remedy(hint: Any, value: object) -> str:
     """What to write instead of `value` where `hint` is wanted."""
     off = ", or null for off" if _allows(hint, type(None)) else ""
     words = choices(hint)
+    if words and _allows(hint, int) and value not in words:
+        return f"give a whole number, or {' or '.join(words)}"
     if words:
         near = difflib.get_close_matches(show(value).lower(), words, n=1, cutoff=0.5)
         guess = f"; did you mean {near[0]}?" if near else ""

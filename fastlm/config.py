@@ -32,6 +32,9 @@ from fastlm.arguments import (
 from fastlm.arguments import parse_arguments as parse_arguments  # a command needs only this module
 from fastlm.errors import InputError
 
+# What backward computes again, from nothing to all but each block's input (fastlm.model).
+Recompute = Literal["none", "activation", "mlp", "block"]
+
 
 @dataclass
 class DataConfig:
@@ -91,7 +94,7 @@ class TrainConfig:
     epochs: float | None = None
     max_seconds: float | None = None
     batch_size: int = 32  # sequences per update, all devices together
-    micro_batch_size: int | None = None  # sequences per forward pass and device; None = what fits
+    micro_batch_size: Literal["auto"] | int | None = "auto"  # sequences per forward pass and device; auto = what fits
     eval_every: int | None = 100  # None = only before the first and after the last step
     save_every: int | None = 200  # None = only after the last step
     sample_every: int | None = None  # None = only after the last step
@@ -100,7 +103,10 @@ class TrainConfig:
     keep_best: bool = True  # and the one with the lowest validation loss
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
-    recompute: bool = False  # recompute each block's activations in backward: less memory, more time
+    check_compile: bool = False  # compare compiled with eager gradients in the first updates; exit 3 if they differ
+    cuda_graphs: Literal["auto"] | bool = "auto"  # replay the whole step as recorded, on a GPU
+    recompute: Recompute | bool = "none"  # computed again in backward: less memory, more time; true = block
+    profile: bool = False  # write a trace of a few early updates, and a table of where their time goes
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
 
 
@@ -187,7 +193,6 @@ BOUNDS: dict[str, Bound] = {
 # What this version does not do yet: (key, values refused, what to write instead).
 LATER: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("model.family", ("lstm",), "the LSTM comes with a later version; use modern or gpt2"),
-    ("model.attention", ("flash",), "comes with a later version; use auto, triton or sdpa"),
     ("train.parallel", ("ddp", "fsdp"), "more than one device comes with a later version; use auto"),
     (
         "data.path",
@@ -216,6 +221,12 @@ def _head_dim(cfg: Config) -> int:
 
 def _kv_heads(cfg: Config) -> int:
     return cfg.model.n_kv_head or cfg.model.n_head
+
+
+def micro_batch_size(cfg: Config, otherwise: int) -> int:
+    """The configured number of sequences a forward pass; `otherwise` where it is left to be decided."""
+    size = cfg.train.micro_batch_size
+    return size if isinstance(size, int) else otherwise
 
 
 RULES: tuple[Rule, ...] = (
@@ -260,10 +271,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "train.micro_batch_size",
-        lambda c: c.train.batch_size % (c.train.micro_batch_size or 1) == 0,
+        lambda c: c.train.batch_size % micro_batch_size(c, otherwise=1) == 0,
         lambda c: (
             f"--train.batch_size {c.train.batch_size} must be a multiple of it; try "
-            f"{largest_divisor(c.train.batch_size, c.train.micro_batch_size or 1)}"
+            f"{largest_divisor(c.train.batch_size, micro_batch_size(c, otherwise=1))}"
         ),
     ),
 )
@@ -346,9 +357,8 @@ def merge_layers(layers: Sequence[Layer]) -> tuple[Config, dict[str, str | None]
         values |= given
         origin |= dict.fromkeys(given, file)
         batch, micro = values.get("train.batch_size"), values.get("train.micro_batch_size")
-        if "train.batch_size" in given and "train.micro_batch_size" not in given and micro:
+        if "train.batch_size" in given and "train.micro_batch_size" not in given and isinstance(micro, int):
             assert isinstance(batch, int)
-            assert isinstance(micro, int)
             values["train.micro_batch_size"] = largest_divisor(batch, micro) if batch > 0 else micro
     for key in ("out", "data.path", "data.val_path", "data.tokenizer"):
         if isinstance(values.get(key), str):

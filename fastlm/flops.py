@@ -1,9 +1,10 @@
-"""Parameters, FLOPs and bytes of a model: pure arithmetic on a configuration, no tensor is made."""
+"""Parameters and FLOPs of a model: pure arithmetic on a configuration, no tensor is made."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlm.config import Config, ModelConfig
@@ -26,6 +27,24 @@ PEAK_FLOPS = (
     ("RTX 3090", 71e12),
     ("A10", 125e12),
     ("MI300X", 1307e12),
+)
+
+# Memory bandwidth in bytes/s from the same sheets.
+PEAK_BANDWIDTH = (
+    ("B200", 8.0e12),
+    ("H200", 4.8e12),
+    ("H100 PCIe", 2.0e12),
+    ("H100 NVL", 3.9e12),
+    ("H100", 3.35e12),
+    ("A100-SXM4-80GB", 2.04e12),
+    ("L40S", 864e9),
+    ("L40", 864e9),
+    ("L4", 300e9),
+    ("RTX 5090", 1792e9),
+    ("RTX 4090", 1008e9),
+    ("RTX 3090", 936e9),
+    ("A10", 600e9),
+    ("MI300X", 5.3e12),
 )
 
 
@@ -73,28 +92,15 @@ def training_flops(cfg: Config, vocab_size: int, steps: int | None) -> float:
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, None where it is not tabled."""
+    return _tabled(PEAK_FLOPS, device_name)
+
+
+def peak_bandwidth(device_name: str) -> float | None:
+    """The device's memory bandwidth in bytes/s, None where it is not tabled."""
+    return _tabled(PEAK_BANDWIDTH, device_name)
+
+
+def _tabled(table: Sequence[tuple[str, float]], device_name: str) -> float | None:
     if re.search(r"\b(Ti|Laptop|Mobile|Max-Q|D)\b", device_name):  # other chips under the names of these
         return None
-    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", device_name)), None)
-
-
-def memory_bytes(
-    cfg: ModelConfig,
-    vocab_size: int,
-    micro_batch_size: int,
-    seq_len: int,
-    *,
-    compute_bytes: int,
-    recompute: bool,
-) -> int:
-    """An estimate of the peak bytes of a training step.
-
-    fp32 parameter, gradient and two moments: 16 bytes a parameter. A block keeps about 2 residual-width rows for each
-    of its 2 norms, q, k, v, the attention's output and 2 rows of the MLP's 4 D: 16 D values a token (with `recompute`
-    D a block, and one block's 16 D). Logits, softmax and gradient take 12 bytes a token and vocabulary entry, 18 with a
-    soft-cap, as measured on a CPU.
-    """
-    tokens = micro_batch_size * seq_len
-    values = (cfg.n_layer + 16 if recompute else 16 * cfg.n_layer) * cfg.n_embd
-    logits = (18 if cfg.logit_softcap else 12) * vocab_size
-    return 16 * parameters(cfg, vocab_size).total + tokens * (values * compute_bytes + logits)
+    return next((peak for words, peak in table if re.search(rf"\b{words}\b", device_name)), None)

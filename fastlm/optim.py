@@ -12,14 +12,18 @@ from fastlm.config import OptimConfig
 from fastlm.model import GPT, Attention
 
 
-def build_optimizer(cfg: OptimConfig, model: GPT) -> torch.optim.Optimizer:
+def build_optimizer(cfg: OptimConfig, model: GPT, *, captured: bool = False) -> torch.optim.Optimizer:
     """One optimizer over all parameters; every group carries `initial_lr`, which the schedule multiplies.
+
+    For a model that computes in 16 bits it holds fp32 masters (`fastlm.weights`). `captured`: as a CUDA graph needs it,
+    rates are tensors of the device and gradients are filled with zeros by the step, at the addresses that they have.
 
     muon: the blocks' matrices are orthogonalised (the Q, K and V parts of a merged projection apart), everything
     else gets AdamW at `adam_lr`. Otherwise one rule for all, with weight decay on tensors of two or more dimensions.
     `step()` clips the global norm, leaves out a non-finite update whole, and notes the norm in `grad_norm`.
     """
-    guards = {"max_grad_norm": cfg.grad_clip, "skip_nonfinite": True}
+    guards = {"max_grad_norm": cfg.grad_clip, "skip_nonfinite": True, "zero_grads": captured}
+    guards["master_weights"] = model.compute_dtype != torch.float32
     if cfg.name == "muon":
         groups = _muon_groups(cfg, model)
         optimizer: Any = fk.optim.MuonWithAdamW(groups, split=qkv_split(model), **guards)
@@ -27,14 +31,20 @@ def build_optimizer(cfg: OptimConfig, model: GPT) -> torch.optim.Optimizer:
         optimizer = _build_torch(cfg, _decay_groups(cfg, list(model.parameters())), guards)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+        if captured:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
     return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
     """Scale every group's rate by the schedule; returns the first group's, the one that logs show."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier
-    return optimizer.param_groups[0]["lr"]
+    rates = [group["initial_lr"] * multiplier for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # a captured graph reads it there
+        else:
+            group["lr"] = rate
+    return rates[0]
 
 
 def qkv_split(model: GPT) -> dict[Tensor, list[int]]:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sysconfig
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from fastlm.config import Config
 from fastlm.errors import InputError
-from fastlm.flops import memory_bytes, training_flops
+from fastlm.flops import training_flops
+from fastlm.memory import step_memory
 
 # On a CPU a compiled step was 9 and 16 % faster, compiling took 11 s (one thread, LOG.md): runs of ten minutes gain.
 CPU_COMPILE_PAYS_FLOPS = 5e13
 CPU_COMPILE_PAYS_SECONDS = 600
 MEMORY_SHARE = 0.8  # of the device's memory that a step may plan with
+
+
+class Fastest(NamedTuple):
+    """The attention measured fastest in training on a device, and what says so."""
+
+    attention: Literal["triton", "sdpa", "flash"]
+    record: str
+
+
+# By the device's name. A device enters with a record under bench/results; none has been measured yet.
+FASTEST_ATTENTION: dict[str, Fastest] = {}
 
 
 def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | None) -> tuple[Config, list[str]]:
@@ -38,8 +51,12 @@ def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | Non
     notes.append(note)
     cfg.train.compile, note = _compile(cfg, device, training_flops(cfg, vocab_size, steps))
     notes.append(note)
-    if cfg.train.micro_batch_size is None:
-        cfg.train.micro_batch_size = _micro_batch_size(cfg, device, vocab_size)
+    cfg.train.cuda_graphs, note = _cuda_graphs(cfg, device)
+    notes.append(note)
+    cfg.train.recompute = {False: "none", True: "block"}.get(cfg.train.recompute, cfg.train.recompute)  # type: ignore[call-overload]
+    if not isinstance(cfg.train.micro_batch_size, int):
+        cfg.train.micro_batch_size, note = _micro_batch_size(cfg, device, vocab_size)
+        notes.append(note)
     return cfg, notes
 
 
@@ -83,15 +100,47 @@ def _kernels(cfg: Config, device: torch.device) -> tuple[Literal["triton", "torc
     return "triton", "kernels: fastlm's Triton kernels where one exists, else PyTorch's ops"
 
 
-def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa"], str]:
-    """`cfg.model.kernels` is resolved. PyTorch's unless asked otherwise: no device's speeds are on record yet."""
-    if cfg.model.attention != "triton":
-        return "sdpa", "attention: PyTorch's scaled_dot_product_attention"
-    if cfg.model.kernels == "torch":
-        raise InputError(
-            "--model.attention", "triton", f"no Triton kernels in this run on {device.type}; use auto or sdpa"
-        )
-    return "triton", "attention: fastlm's Triton kernel, as asked"
+def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa", "flash"], str]:
+    """`cfg.model.kernels` is resolved."""
+    asked, reason = cfg.model.attention, "as asked"
+    if asked == "auto":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        fastest = FASTEST_ATTENTION.get(name)
+        usable = fastest is not None and _attention_obstacle(fastest.attention, cfg, device) is None
+        if fastest is None or not usable:
+            return "sdpa", f"attention: PyTorch's scaled_dot_product_attention (none measured on this {name} yet)"
+        asked, reason = fastest.attention, f"the fastest measured on {name}, {fastest.record}"
+    if obstacle := _attention_obstacle(asked, cfg, device):
+        raise InputError("--model.attention", asked, f"{obstacle}; use auto or sdpa")
+    what = {"triton": "fastlm's Triton kernel", "flash": "flash-attn", "sdpa": "PyTorch's scaled_dot_product_attention"}
+    return asked, f"attention: {what[asked]}, {reason}"
+
+
+def _attention_obstacle(attention: str, cfg: Config, device: torch.device) -> str | None:
+    """Why this run cannot use `attention`, None if it can."""
+    if attention == "triton" and cfg.model.kernels == "torch":
+        return f"no Triton kernels in this run on {device.type}"
+    if attention != "flash":
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install 'fastlm[flash]')"
+    if device.type != "cuda" or cfg.train.precision != "bf16":
+        return f"flash-attn computes in bf16 on a GPU, this run in {cfg.train.precision} on {device.type}"
+    return None
+
+
+def _cuda_graphs(cfg: Config, device: torch.device) -> tuple[bool, str]:
+    """`cfg.model.kernels` is resolved: PyTorch's optimizers read a flag on the host, which no graph can hold."""
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = f"not on {device.type}"
+    elif cfg.model.kernels == "torch":
+        obstacle = "not with PyTorch's optimizers"
+    if cfg.train.cuda_graphs is True and obstacle:
+        raise InputError("--train.cuda_graphs", "true", f"{obstacle}; use auto")
+    if cfg.train.cuda_graphs is False or obstacle:
+        return False, f"CUDA graphs: off ({obstacle or 'as asked'})"
+    return True, "CUDA graphs: on (the step is recorded once and replayed)"
 
 
 def _compile(cfg: Config, device: torch.device, flops: float) -> tuple[bool, str]:
@@ -118,8 +167,6 @@ def _missing_compiler(device: torch.device) -> str | None:
         compiler = os.environ.get("CXX") or "g++"
         return None if shutil.which(compiler) or shutil.which("clang++") else "no C++ compiler found"
     if device.type == "cuda":
-        import importlib.util
-
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         # Triton builds its launchers with these at their first use.
@@ -130,26 +177,21 @@ def _missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def _micro_batch_size(cfg: Config, device: torch.device, vocab_size: int) -> int:
+def _micro_batch_size(cfg: Config, device: torch.device, vocab_size: int) -> tuple[int, str]:
     """The largest divisor of the batch whose estimated memory fits; the whole batch where memory is not known."""
+    batch_size = cfg.train.batch_size
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     elif "SC_PHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        return cfg.train.batch_size
-    compute_bytes = 2 if cfg.train.precision == "bf16" else 4
-    for size in range(cfg.train.batch_size, 0, -1):
-        if cfg.train.batch_size % size:
+        return batch_size, f"micro-batch: {batch_size} (this machine does not say how much memory it has)"
+    for size in range(batch_size, 0, -1):
+        if batch_size % size:
             continue
-        needed = memory_bytes(
-            cfg.model,
-            vocab_size,
-            size,
-            cfg.data.seq_len,
-            compute_bytes=compute_bytes,
-            recompute=cfg.train.recompute,
-        )
+        cfg.train.micro_batch_size = size
+        needed = step_memory(cfg, vocab_size).peak
         if needed <= MEMORY_SHARE * free:
-            return size
-    return 1
+            what = f"an estimated {needed / 2**30:.2f} of {free / 2**30:.1f} GiB free"
+            return size, f"micro-batch: {size} of {batch_size} sequences ({what})"
+    return 1, f"micro-batch: 1 (even that is estimated not to fit {free / 2**30:.1f} GiB; try --train.recompute block)"

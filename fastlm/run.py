@@ -23,15 +23,18 @@ from fastlm.checkpoint import Checkpoint
 from fastlm.config import DERIVED, Config, config_difference, dump_config, load_config, resolve_device
 from fastlm.data import Dataset, WindowOrder, open_dataset
 from fastlm.errors import InputError, show
-from fastlm.flops import memory_bytes, parameters, training_flops
+from fastlm.flops import parameters, training_flops
 from fastlm.log import METRICS, MetricsLog, draw_loss, read_metrics
+from fastlm.memory import step_memory
 from fastlm.model import GPT
 from fastlm.optim import build_optimizer
 from fastlm.resolve import resolve, resolve_model
 from fastlm.tokenizer import Tokenizer, load_tokenizer
+from fastlm.weights import narrow, restore_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZER_BYTES = 8  # a parameter: two fp32 moments at most
+TENSOR_CORE_ROWS = 128  # the head's rows are a multiple of this on a GPU
 
 
 @dataclass
@@ -97,10 +100,11 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
         note(f"{start.out}: finished at step {state.step}, nothing to do")
         return None
     model = build_model(cfg, dataset.vocab_size, device)
-    optimizer = build_optimizer(cfg.optim, model)
+    optimizer = build_optimizer(cfg.optim, model, captured=cfg.train.cuda_graphs is True)
     if loaded is not None:
         load_weights(model, loaded, start)
         start.notes.extend(load_optimizer(optimizer, model, loaded, start.stored, cfg))
+    narrow(model, optimizer, accumulate=cfg.train.micro_batch_size != cfg.train.batch_size)
     size = parameters(cfg.model, dataset.vocab_size).total
     checkpoint.check_free_space(start.out, (cfg.train.keep + 2) * size * (4 + OPTIMIZER_BYTES))
     lock = open_directory(start, cfg, state)
@@ -163,7 +167,7 @@ def adopt(cfg: Config, stored: Config) -> Config:
     """`cfg` with what it leaves open (`auto`, derived nulls) as the stored run once decided it."""
     before, now = flatten(stored), flatten(cfg)
     for key, value in now.items():
-        derived = value is None and key in (*DERIVED, "train.micro_batch_size")
+        derived = value is None and key in (*DERIVED, "train.micro_batch_size")  # null there is auto
         if key not in ("resume", "device") and (value == "auto" or derived):
             now[key] = before[key]
     return build(Config, now)
@@ -234,7 +238,8 @@ def is_finished(cfg: Config, state: State, steps: int | None) -> bool:
 def build_model(cfg: Config, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model on `device`: the same weights for the same seed on every device."""
     dtype = DTYPES[cfg.train.precision]
-    model = GPT(cfg.model, vocab_size, compute_dtype=dtype, recompute=cfg.train.recompute)
+    multiple = TENSOR_CORE_ROWS if device.type == "cuda" else 1
+    model = GPT(cfg.model, vocab_size, compute_dtype=dtype, recompute=cfg.train.recompute, vocab_multiple=multiple)
     return model.init_weights(torch.Generator().manual_seed(cfg.seed)).to(device)
 
 
@@ -256,7 +261,7 @@ def load_optimizer(
     """Put the optimizer's state back -> what there is to say about it."""
     if stored is not None and stored.optim.name != cfg.optim.name:
         return [f"optimizer: {cfg.optim.name} starts afresh, the checkpoint has the state of {stored.optim.name}"]
-    checkpoint.restore_optimizer(optimizer, model.named_parameters(), loaded.optimizer)
+    restore_optimizer(model, optimizer, loaded.optimizer)
     return []
 
 
@@ -301,14 +306,7 @@ def summary(out: Path, cfg: Config, dataset: Dataset, steps: int | None) -> list
     size = parameters(cfg.model, dataset.vocab_size)
     batch_tokens = cfg.train.batch_size * cfg.data.seq_len
     flops = training_flops(cfg, dataset.vocab_size, steps)
-    memory = memory_bytes(
-        cfg.model,
-        dataset.vocab_size,
-        cfg.train.micro_batch_size or cfg.train.batch_size,
-        cfg.data.seq_len,
-        compute_bytes=DTYPES[cfg.train.precision].itemsize,
-        recompute=cfg.train.recompute,
-    )
+    memory = step_memory(cfg, dataset.vocab_size).peak
     length = f"{cfg.train.max_seconds:g} seconds" if steps is None else f"{steps:,} updates"
     total = "" if steps is None else f" = {steps * batch_tokens:,} tokens, {flops:.2e} FLOPs (6N + 12LDT a token)"
     return [

@@ -19,8 +19,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,20 +29,28 @@ from torch import Tensor, nn
 
 import fastlm_kernels as fk
 from fastlm import checkpoint
+from fastlm.capture import CapturedStep, CaptureFailed, CudaRecorder
+from fastlm.compiled import CHECKED_UPDATES, check_compiled, compile_block, compile_note
 from fastlm.config import Config, dump_config, parse_config
 from fastlm.data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
 from fastlm.errors import GuardStop, run_command
 from fastlm.evaluate import Evaluation, evaluate
 from fastlm.flops import flops_per_token, peak_flops
 from fastlm.log import MetricsLog, Progress, draw_loss, warn
+from fastlm.memory import step_memory
 from fastlm.model import hash32
 from fastlm.optim import set_lr
 from fastlm.run import Prepared, prepare, total_steps
 from fastlm.samples import append_sample, draw_sample, drop_samples_after
 from fastlm.schedule import multiplier
+from fastlm.step_profile import StepProfile
+from fastlm.upload import uploaded
+from fastlm.weights import model_tensors, optimizer_tensors
 
 EVAL_SUBSET_TOKENS = 2**15  # predicted tokens in every evaluation but the last
 SKIPS_BEFORE_STOP = 10  # non-finite updates in a row after which going on could not help
+
+Step = Callable[..., tuple[Tensor, Tensor]]  # (batch, seeds_B=) -> (loss, grad_norm)
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,21 @@ def train_step(
     for start in range(0, batch.inputs.size(0), micro_batch_size):
         cut = slice(start, start + micro_batch_size)
         seeds = None if seeds_B is None else seeds_B[cut]
-        part = loss_of(batch.inputs[cut], batch.targets[cut], num_items=num_items, seeds_B=seeds)
-        part.backward()
-        loss += part.detach()
+        accumulate(loss_of, loss, batch.inputs[cut], batch.targets[cut], num_items, seeds)
     optimizer.step()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
     return loss, optimizer.grad_norm  # type: ignore[attr-defined]
+
+
+def accumulate(
+    loss_of: nn.Module, loss: Tensor, inputs_BT: Tensor, targets_BT: Tensor, num_items: Tensor, seeds_B: Tensor | None
+) -> None:
+    """Forward and backward of one micro-batch: adds to `loss` and to every gradient."""
+    part = loss_of(inputs_BT, targets_BT, num_items=num_items, seeds_B=seeds_B)
+    part.backward()
+    loss += part.detach()
 
 
 class Trainer:
@@ -89,12 +105,16 @@ class Trainer:
         self.cfg, self.data, self.state, self.out, self.lock = run.cfg, run.dataset, run.state, run.out, run.lock
         self.model, self.optimizer, self.progress = run.model, run.optimizer, progress
         self.device = next(run.model.parameters()).device
-        compiled = torch.compile(run.model) if run.cfg.train.compile else run.model
-        self.loss_of: nn.Module = compiled  # type: ignore[assignment]
+        if run.cfg.train.compile:
+            compile_block(run.model)
+        assert isinstance(run.cfg.train.micro_batch_size, int), "resolved"
+        self.micro_batch_size = run.cfg.train.micro_batch_size
+        self.step = self._make_step()
         self.order = WindowOrder(len(self.data.train), self.cfg.data.seq_len, self.cfg.seed)
         self.total_steps = total_steps(self.cfg, self.order.windows_per_epoch)
         self.token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
         self.meter = Meter(self.cfg, self.data.vocab_size, self.device)
+        self.profile = StepProfile(self.cfg, self.data.vocab_size, self.device, self.out, progress.note)
         self.unread: list[Update] = []  # updates whose norm the host has not looked at yet
         self.stop_signal: int | None = None
         self.last_eval: tuple[int, float] | None = None  # step and loss on the subset
@@ -106,19 +126,18 @@ class Trainer:
         self.metrics = MetricsLog(self.out, state.step, saved=saved)
         pin_memory = self.device.type == "cuda"
         loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples, pin_memory)
-        with self.lock, self.metrics, loader, self._signals(), self._kernels():
+        with self.lock, self.metrics, loader, self.profile, self._signals(), self._kernels():
             self._begin()
             return self._loop(loader)
 
     def _loop(self, loader: BatchLoader) -> int:
-        train, first = self.cfg.train, True
-        for batch in loader:
-            update = self._update(batch)
-            if first and train.compile:
-                float(update.loss)  # waits for the device
-                seconds = self.meter.restart()
-                self.progress.note(f"compile: the first update took {seconds:.1f} s, most of it compilation")
-            first = False
+        train, first = self.cfg.train, self.state.step
+        for batch in uploaded(loader, self.device):
+            if train.check_compile and train.compile and self.state.step < first + CHECKED_UPDATES:
+                self._check_compiled(batch)
+            update = self.profile.run(self._update, batch)
+            if self.state.step == first + 1:
+                self._note_first(update)
             last, stop = self._is_last(), self.stop_signal  # one look at the signal an iteration
             save = self._due(train.save_every, last) or stop is not None
             self._log(update, last, save)
@@ -141,19 +160,36 @@ class Trainer:
             self._evaluate(full=False)
         self.meter.restart()
 
+    def _make_step(self) -> Step:
+        """`train_step` of this run's model and optimizer, on a GPU as CUDA graphs."""
+        eager = partial(train_step, self.model, self.optimizer, micro_batch_size=self.micro_batch_size)
+        if not self.cfg.train.cuda_graphs:
+            return eager
+        work, recorder = partial(accumulate, self.model), CudaRecorder(self.device)
+        captured = CapturedStep(work, self.optimizer, recorder, micro_batch_size=self.micro_batch_size)
+
+        def step(batch: Batch, seeds_B: Tensor | None) -> tuple[Tensor, Tensor]:
+            try:
+                return captured(batch, seeds_B)
+            except CaptureFailed as failure:
+                self.progress.note(f"CUDA graphs: off from here on, recording failed ({failure})")
+                self.step = eager
+                return eager(batch, seeds_B=seeds_B)
+
+        return step
+
+    def _seeds(self) -> Tensor | None:
+        """One dropout seed for each sample of the next update; made on the device, so that nobody waits for a copy."""
+        if self.cfg.model.dropout == 0:
+            return None
+        first = self.state.samples
+        samples = torch.arange(first, first + self.cfg.train.batch_size, device=self.device)
+        return hash32(hash32(samples) + self.cfg.seed)
+
     def _update(self, batch: Batch) -> Update:
         state, cfg = self.state, self.cfg
         lr = set_lr(self.optimizer, multiplier(cfg.optim, state.step, self._expected_steps()))
-        seeds_B = None
-        if cfg.model.dropout > 0:
-            samples = torch.arange(state.samples, state.samples + cfg.train.batch_size)
-            seeds_B = hash32(hash32(samples) + cfg.seed).to(self.device)
-        inputs, targets = (x.to(self.device, non_blocking=True) for x in (batch.inputs, batch.targets))
-        batch = Batch(inputs, targets, batch.first_sample)
-        micro_batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
-        loss, grad_norm = train_step(
-            self.loss_of, self.optimizer, batch, micro_batch_size=micro_batch_size, seeds_B=seeds_B
-        )
+        loss, grad_norm = self.step(batch, seeds_B=self._seeds())
         tokens = batch.targets.numel()
         state.step += 1
         state.samples += cfg.train.batch_size
@@ -161,6 +197,24 @@ class Trainer:
         state.seconds = time.monotonic() - self.clock
         self.meter.count(tokens)
         return Update(state.step, lr, loss, grad_norm)
+
+    def _check_compiled(self, batch: Batch) -> None:
+        cut, seeds_B = slice(self.micro_batch_size), self._seeds()
+        seeds_B = None if seeds_B is None else seeds_B[cut]
+        self.progress.note(check_compiled(self.model, batch.inputs[cut], batch.targets[cut], seeds_B))
+
+    def _note_first(self, update: Update) -> None:
+        """What the process's first update cost beside the update: compilation, and memory against the estimate."""
+        if self.cfg.train.compile:
+            float(update.loss)  # waits for the device
+            self.progress.note(compile_note(self.meter.restart()))
+        if self.device.type == "cuda":
+            peak, planned = (
+                torch.cuda.max_memory_allocated(self.device),
+                step_memory(self.cfg, self.data.vocab_size).peak,
+            )
+            figures = f"{peak / 2**30:.2f} GiB at most, the estimate was {planned / 2**30:.2f}"
+            self.progress.note(f"memory: the first update took {figures} ({peak / planned:.0%})")
 
     def _log(self, update: Update, last: bool, save: bool) -> None:
         """Write what is due; on a GPU only then does the host wait for the device."""
@@ -207,8 +261,7 @@ class Trainer:
     def _evaluation(self, full: bool) -> Evaluation:
         cfg = self.cfg
         limit = None if full else max(1, EVAL_SUBSET_TOKENS // cfg.data.seq_len)
-        micro_batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
-        windows = eval_windows(self.data.val, cfg.data.seq_len, micro_batch_size, limit)
+        windows = eval_windows(self.data.val, cfg.data.seq_len, self.micro_batch_size, limit)
         return evaluate(self.model, windows, self.token_bytes)
 
     def _sample(self) -> None:
@@ -235,8 +288,8 @@ class Trainer:
                 checkpoint.save(
                     self.out,
                     self.state.step,
-                    model=self.model.state_dict(),
-                    optimizer=checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
+                    model=model_tensors(self.model, self.optimizer),
+                    optimizer=optimizer_tensors(self.model, self.optimizer),
                     state=self._state_json(),
                     config=dump_config(self.cfg),
                     tokenizer=self.data.tokenizer,

@@ -112,6 +112,12 @@ BAD_FLAGS = [
     (["--train.compile", "maybe"], "--train.compile", "maybe", "auto, true, false"),
     (["--train.recompute", "maybe"], "--train.recompute", "maybe", "true, false"),
     (["--train.recompute", "1"], "--train.recompute", "1", "true, false"),
+    (["--train.recompute", "blok"], "--train.recompute", "blok", "did you mean block?"),
+    (["--train.cuda_graphs", "maybe"], "--train.cuda_graphs", "maybe", "auto, true, false"),
+    (["--train.profile", "5"], "--train.profile", "5", "true, false"),
+    (["--train.check_compile", "auto"], "--train.check_compile", "auto", "true, false"),
+    (["--train.micro_batch_size", "fits"], "--train.micro_batch_size", "fits", "a whole number, or auto"),
+    (["--train.micro_batch_size", "1.5"], "--train.micro_batch_size", "1.5", "a whole number, or auto"),
     # numbers
     (["--train.batch_size", "0"], "--train.batch_size", "0", "at least 1"),
     (["--train.batch_size", "-3"], "--train.batch_size", "-3", "at least 1"),
@@ -152,7 +158,6 @@ BAD_FLAGS = [
     (["--optim.schedule", "exponential"], "--optim.min_lr_ratio", "0.0", "0.1 for one"),
     # what a later version brings
     (["--model.family", "lstm"], "--model.family", "lstm", "later version; use modern or gpt2"),
-    (["--model.attention", "flash"], "--model.attention", "flash", "later version; use auto, triton or sdpa"),
     (["--train.parallel", "ddp"], "--train.parallel", "ddp", "later version; use auto"),
     (["--train.parallel", "fsdp"], "--train.parallel", "fsdp", "later version; use auto"),
     (["--data.path", "hf:a/b"], "--data.path", "hf:a/b", "later version; give a file"),

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.config import Config, ModelConfig, parse_config
-from fastlm.flops import flops_per_token, memory_bytes, parameters, peak_flops
+from fastlm.flops import flops_per_token, parameters, peak_flops
 from fastlm.model import GPT
 from fastlm.resolve import resolve_model
 
@@ -52,16 +52,6 @@ def test_gpt2_has_its_published_size():
     cfg = parse_config(["--preset", "gpt2"])
     resolve_model(cfg)
     assert parameters(cfg.model, 50257).total == 124_439_808
-
-
-def test_memory_falls_with_recompute_and_grows_with_the_batch():
-    cfg = resolved(SHAPES["modern"])
-
-    def estimate(batch: int, recompute: bool = False) -> int:
-        return memory_bytes(cfg, 101, batch, 32, compute_bytes=4, recompute=recompute)
-
-    assert estimate(8) > estimate(4) > 16 * parameters(cfg, 101).total
-    assert estimate(8, recompute=True) < estimate(8)
 
 
 def test_peak_is_known_by_the_devices_name():

@@ -213,6 +213,35 @@ def arguments_of(
 
 @needs_kernels
 @every_mode
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.usefixtures("tiny_plans")
+def test_rows_past_num_classes_stand_for_no_class(kernel_device: str, reduction: str) -> None:
+    """The padded head gives the same loss and gradients, and zeros for its own rows: one whole block of them, too."""
+    arguments: dict[str, Any] = arguments_of(kernel_device, reduction=reduction, softcap=5.0)[0] | {"linear_bias": None}
+    whole = {name: arguments[name].detach().clone().requires_grad_() for name in ("input", "linear_weight")}
+    classes = whole["linear_weight"].shape[0]
+    loss = fk.linear_cross_entropy(**arguments | whole)
+    loss.sum().backward()
+    padded = F.pad(whole["linear_weight"].detach(), (0, 0, 0, 7)).requires_grad_()
+    input = whole["input"].detach().clone().requires_grad_()
+    again = fk.linear_cross_entropy(**arguments | {"input": input, "linear_weight": padded}, num_classes=classes)
+    again.sum().backward()
+    assert padded.grad is not None
+    assert not padded.grad[classes:].any()
+    pairs = (again, loss), (input.grad, whole["input"].grad), (padded.grad[:classes], whole["linear_weight"].grad)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "bias"), [(0, False), (12, False), (True, False), (5, True)])
+def test_num_classes_cuts_a_plain_head(classes: int, bias: bool) -> None:
+    input, linear_weight, added, target, _ = _inputs()
+    with pytest.raises(ValueError, match="num_classes"):
+        fk.linear_cross_entropy(input, linear_weight, target, linear_bias=added if bias else None, num_classes=classes)
+
+
+@needs_kernels
+@every_mode
 @every_dtype
 @pytest.mark.parametrize(
     "case",
@@ -343,6 +372,7 @@ def operator_inputs(arguments: dict[str, Any], needs: list[bool], reduction: str
         0.0,
         0.0,
         None,
+        arguments["linear_weight"].shape[0],
         needs,
         reduction == "none",
     )
@@ -389,7 +419,7 @@ def test_products_of_a_loss_for_each_token(mode: str, kernel_device: str, launch
     with Calls() as calls:
         loss, *_, lse = module.linear_cross_entropy_forward.launch(*inputs)
     assert calls.products == TOKEN_CHUNKS
-    rest = (inputs[0], inputs[1], None, inputs[3], None, *inputs[7:11], [True, True, False])
+    rest = (inputs[0], inputs[1], None, inputs[3], None, *inputs[7:12], [True, True, False])
     with Calls() as calls:
         module.linear_cross_entropy_backward.launch(torch.ones_like(loss), lse, *rest)
     parts = TOKEN_CHUNKS if mode == "tokens" else CLASS_BLOCKS
@@ -720,7 +750,8 @@ def test_operators_of_a_loss_for_each_token_pass_opcheck(mode: str, case: Any, k
     needs = [True, True, "bias" in case]
     leaves = [arguments[name].detach() for name in ("input", "linear_weight")]
     bias, weight = (arguments.get(name) for name in ("linear_bias", "weight"))
-    options = (-100, *(case.get(name, 0.0) for name in ("label_smoothing", "z_loss")), case.get("softcap"))
+    terms = (case.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
+    options = (-100, *terms, case.get("softcap"), leaves[1].shape[0])
     tensors = (*leaves, None if bias is None else bias.detach(), arguments["target"], weight)
     outputs = module.linear_cross_entropy_forward.op(*tensors, None, "none", *options, [False] * 3, True)
     checked = torch.library.opcheck(

@@ -49,6 +49,7 @@ def train_until(step: int, corpus: Path, out: Path, *more: str) -> None:
 VARIANTS = {
     "modern-muon": [],
     "modern-dropout-micro": ["--model.dropout", "0.1", "--train.micro_batch_size", "2"],
+    "modern-bf16-micro": ["--train.precision", "bf16", "--train.micro_batch_size", "2"],
     "gpt2-adamw": ["--model.family", "gpt2", "--optim.name", "adamw", "--optim.lr", "0.01"],
     **{
         name: ["--optim.name", name, "--optim.lr", "0.01"] for name in ("adam", "sgd", "adagrad", "adadelta", "rmsprop")

@@ -132,9 +132,13 @@ def linear_cross_entropy_reference(
     return_z_loss: bool = False,
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
+    num_classes: int | None = None,
 ) -> Any:
     """`linear_cross_entropy` as matrix product and cross-entropy: the definition, and the path without a kernel."""
     _check_options(options)
+    _check_num_classes(num_classes, linear_weight, linear_bias)
+    if num_classes is not None:
+        linear_weight = linear_weight[:num_classes]
     _check_shapes(input, linear_weight, linear_bias)
     shape = target.shape
     batched = input.dim() == 3
@@ -224,7 +228,10 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 class _Problem(NamedTuple):
-    """The tensors of a call, or of a chunk of its tokens, or the head's of a block of its classes."""
+    """The tensors of a call, or of a chunk of its tokens, or the head's of a block of its classes.
+
+    classes: those that take part; rows of linear_weight from there on are zeros, there for the products' speed alone.
+    """
 
     x: Tensor
     linear_weight: Tensor
@@ -232,6 +239,7 @@ class _Problem(NamedTuple):
     target: Tensor
     weight: Tensor | None
     options: Options
+    classes: int
 
     def of_tokens(self, start: int, stop: int) -> _Problem:
         """Tokens [start, stop) alone."""
@@ -240,10 +248,11 @@ class _Problem(NamedTuple):
     def of_classes(self, first: int, last: int) -> _Problem:
         """Classes [first, last) alone; `weight` stays that of all classes."""
         bias = None if self.linear_bias is None else self.linear_bias[first:last]
-        return self._replace(linear_weight=self.linear_weight[first:last], linear_bias=bias)
+        classes = min(last, self.classes) - min(first, self.classes)
+        return self._replace(linear_weight=self.linear_weight[first:last], linear_bias=bias, classes=classes)
 
     def logits(self, buffer: Tensor) -> Tensor:
-        """x W^T + b, in the buffer's memory."""
+        """x W^T + b, in the buffer's memory. Columns past `classes` are 0: they stand as their own gradient."""
         tokens, classes = self.x.shape[0], self.linear_weight.shape[0]
         out = buffer[: tokens * classes].view(tokens, classes)
         if self.linear_bias is None:
@@ -328,13 +337,14 @@ def _gradients_by_classes(
     grads: _Gradients,
 ) -> None:
     """All gradients from lse, a block of classes at a time, its logits computed first."""
-    classes = problem.linear_weight.shape[0]
-    for first in range(0, classes, plan.classes):
-        last = min(first + plan.classes, classes)
+    rows = problem.linear_weight.shape[0]
+    for first in range(0, rows, plan.classes):
+        last = min(first + plan.classes, rows)
         block = problem.of_classes(first, last)
         logits = block.logits(buffer)
-        inputs = (logits, problem.target, problem.weight, problem.options, lse, logits)
-        launch_gradient(*inputs, upstream=upstream, first_class=first, classes=classes)
+        counted = logits[:, : block.classes]
+        inputs = (counted, problem.target, problem.weight, problem.options, lse, counted)
+        launch_gradient(*inputs, upstream=upstream, first_class=first, classes=problem.classes)
         grads.of_classes(first, last).add(logits, block, dx_begun=first > 0, dw_begun=False)
 
 
@@ -365,12 +375,15 @@ def _launch_forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    classes: int,
     needs: Sequence[bool],
     save_lse: bool,
 ) -> tuple[Tensor, ...]:
     """(loss, z, denominator, dx, dW, db, lse): the gradients in `needs`, unscaled; lse empty if not saved."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
+    problem, plan, buffer, grads = _prepare(
+        _Problem(x, linear_weight, linear_bias, target, weight, options, classes), needs
+    )
     rows = torch.empty(ROW_VALUES, x.shape[0], dtype=accumulator(x.dtype)[0], device=x.device)
     in_one_pass = any(needs) and plan.mode == "tokens"
     by_weights = any(needs) and reduction == "mean" and num_items is None
@@ -378,8 +391,9 @@ def _launch_forward(
     for start, stop in _token_chunks(x.shape[0], plan):
         chunk = problem.of_tokens(start, stop)
         logits = chunk.logits(buffer)
-        gradient = logits if in_one_pass else None
-        launch_rows(logits, chunk.target, weight, options, rows[:, start:stop], gradient, factor)
+        counted = logits[:, :classes]
+        gradient = counted if in_one_pass else None
+        launch_rows(counted, chunk.target, weight, options, rows[:, start:stop], gradient, factor)
         if in_one_pass:
             grads.of_tokens(start, stop).add(logits, chunk, dx_begun=False, dw_begun=start > 0)
     if any(needs) and not in_one_pass:
@@ -412,17 +426,21 @@ def _launch_backward(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    classes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dW, db) in x's dtype, from lse and one upstream gradient for each token; those not in `needs` empty."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    problem, plan, buffer, grads = _prepare(_Problem(x, linear_weight, linear_bias, target, weight, options), needs)
+    problem, plan, buffer, grads = _prepare(
+        _Problem(x, linear_weight, linear_bias, target, weight, options, classes), needs
+    )
     if plan.mode == "classes":
         _gradients_by_classes(problem, lse, grad, plan, buffer, grads)
     for start, stop in _token_chunks(x.shape[0], plan) if plan.mode == "tokens" else ():
         chunk = problem.of_tokens(start, stop)
         logits = chunk.logits(buffer)
-        inputs = (logits, chunk.target, weight, options, lse[:, start:stop], logits)
+        counted = logits[:, :classes]
+        inputs = (counted, chunk.target, weight, options, lse[:, start:stop], counted)
         launch_gradient(*inputs, upstream=grad[start:stop])
         grads.of_tokens(start, stop).add(logits, chunk, dx_begun=False, dw_begun=start > 0)
     return grads.dx.to(x.dtype), grads.dw.to(x.dtype), grads.db.to(x.dtype)
@@ -478,7 +496,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:3]
-    rest = (None,) * 10
+    rest = (None,) * 11
     if grad is None:
         return (None, None, None, *rest)
     if ctx.by_token:
@@ -491,7 +509,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 linear_cross_entropy_forward = Operator(
     "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
     " Tensor? num_items, str reduction, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap,"
-    " bool[] needs, bool save_lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt classes, bool[] needs, bool save_lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_forward,
     _fake_forward,
     _setup_context,
@@ -500,7 +518,7 @@ linear_cross_entropy_forward = Operator(
 linear_cross_entropy_backward = Operator(
     "linear_cross_entropy_backward(Tensor grad, Tensor lse, Tensor x, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor)",
+    " SymInt classes, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
 )
@@ -523,7 +541,14 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 
 
 def _obstacle(
-    input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, ignore_index: Any, *rest: Any
+    num_classes: int | None,
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    linear_bias: Any,
+    weight: Any,
+    ignore_index: Any,
+    *rest: Any,
 ) -> str | None:
     """Why the kernels do not cover this call; malformed calls go to the reference and raise its errors."""
     tensors = [t for t in (input, linear_weight, linear_bias, target, weight) if t is not None]
@@ -534,8 +559,9 @@ def _obstacle(
             return f"no kernel for {tensor.dtype}"
         if tensor is not None and _compute_dtype(tensor) != _compute_dtype(input):
             return f"dtypes {input.dtype} and {tensor.dtype}"
+    classes = linear_weight.shape[0] if num_classes is None else num_classes
     return _shape_obstacle(input, linear_weight, target, linear_bias) or loss_obstacle(
-        linear_weight.shape[0], input, target, weight, -100 if ignore_index is None else ignore_index, *rest
+        classes, input, target, weight, -100 if ignore_index is None else ignore_index, *rest
     )
 
 
@@ -552,6 +578,18 @@ def _shape_obstacle(input: Tensor, linear_weight: Tensor, target: Tensor, linear
     if target.shape != input.shape[:-1]:
         return f"targets of shape {tuple(target.shape)}"
     return None
+
+
+def _check_num_classes(num_classes: int | None, linear_weight: Any, linear_bias: Tensor | None) -> None:
+    """ValueError unless `num_classes` is None or cuts a plain matrix without a bias."""
+    if num_classes is None:
+        return
+    rows = linear_weight.shape[0] if isinstance(linear_weight, Tensor) and linear_weight.dim() == 2 else 0
+    if linear_bias is not None or isinstance(num_classes, bool) or not 1 <= num_classes <= rows:
+        raise ValueError(
+            f"num_classes: got {num_classes!r} for a head of {rows} rows (with bias: {linear_bias is not None}); give "
+            "1 to its rows and no linear_bias, or None for all"
+        )
 
 
 def _check_options(options: Any) -> None:
@@ -587,6 +625,7 @@ def linear_cross_entropy(
     return_z_loss: bool = False,
     softcap: float | None = None,
     num_items: int | Tensor | None = None,
+    num_classes: int | None = None,
 ) -> Any:
     """`torch.nn.functional.linear_cross_entropy` of torch 2.13, also on older versions, and for (B, T, D) too.
 
@@ -597,6 +636,9 @@ def linear_cross_entropy(
 
     options: PyTorch's wish for a chunk size (`torch.nn.LinearCrossEntropyOptions`). It changes memory, never the
     result, and its combinations that PyTorch warns about and ignores are ignored: we choose the chunks ourselves.
+
+    num_classes: rows of linear_weight from here on stand for no class. They must be 0 (not checked) and get gradients
+    of 0: padding to a multiple that tensor cores like. None: every row is a class.
 
     Unlike PyTorch's, the kernels raise in a backward of the backward; and under reduction "none" changing `input` or
     `linear_weight` in place between forward and backward raises, while under "mean" and "sum" it changes nothing.
@@ -609,8 +651,9 @@ def linear_cross_entropy(
     check_num_items(num_items, reduction)
     _check_options(options)
     _check_sharded(input, linear_weight)
+    _check_num_classes(num_classes, linear_weight, linear_bias)
     obstacle = _obstacle(
-        *(input, linear_weight, target, linear_bias, weight),
+        *(num_classes, input, linear_weight, target, linear_bias, weight),
         *(ignore_index, reduction, label_smoothing, num_items),
     )
     if not _runtime.choose(input, linear_weight, linear_bias, target, weight, obstacle=obstacle):
@@ -628,6 +671,7 @@ def linear_cross_entropy(
             return_z_loss=return_z_loss,
             softcap=softcap,
             num_items=num_items,
+            num_classes=num_classes,
         )
     dtype = _compute_dtype(input)
     # Cast where autograd sees it; without autocast there is nothing to cast.
@@ -639,7 +683,8 @@ def linear_cross_entropy(
     loss, z, *_ = linear_cross_entropy_forward(
         *(x, head, bias, target.reshape(-1), weight, items_on_device(num_items, input.device), reduction),
         *(-100 if ignore_index is None else ignore_index, float(label_smoothing), float(z_loss)),
-        *(None if softcap is None else float(softcap), [need and in_forward for need in wanted]),
+        *(None if softcap is None else float(softcap), head.shape[0] if num_classes is None else num_classes),
+        [need and in_forward for need in wanted],
         any(wanted) and not in_forward,
     )
     if reduction == "none":

@@ -81,9 +81,23 @@ MUTATIONS = (
     Mutation(
         "a block of classes taken for all",
         "linear_cross_entropy.py",
-        ", first_class=first, classes=classes)",
+        ", first_class=first, classes=problem.classes)",
         ", first_class=first)",
         LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-classes]",
+    ),
+    Mutation(
+        "padding among the classes",
+        "linear_cross_entropy.py",
+        "counted = logits[:, :classes]\n        gradient",
+        "counted = logits\n        gradient",
+        LINEAR + "test_rows_past_num_classes_stand_for_no_class[mean-tokens]",
+    ),
+    Mutation(
+        "padding among the last block's classes",
+        "linear_cross_entropy.py",
+        "min(last, self.classes) - min(first, self.classes)",
+        "last - first",
+        LINEAR + "test_rows_past_num_classes_stand_for_no_class[none-classes]",
     ),
     Mutation(
         "bias of the first block of classes for all",
@@ -116,8 +130,8 @@ MUTATIONS = (
     Mutation(
         "log-sum-exp of another chunk's tokens",
         "linear_cross_entropy.py",
-        "lse[:, start:stop], logits)",
-        "lse[:, : stop - start], logits)",
+        "lse[:, start:stop], counted)",
+        "lse[:, : stop - start], counted)",
         LINEAR + "test_chunks_equal_one_chunk_in_fp64[none-tokens]",
     ),
     Mutation(

@@ -1,0 +1,163 @@
+"""Where an update's time goes: `--train.profile true` traces a few early updates of a run.
+
+    RUN/profile/trace.json     for the PyTorch profiler's viewer (chrome://tracing, Perfetto)
+    RUN/profile/families.txt   milliseconds an update by family of operations, against each one's floor
+
+Time is the device's own: of kernels on a GPU, of operators on a CPU. A floor is what the family's arithmetic, or its
+bytes, would take at the device's peak; it is shown where both are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastlm.config import Config, micro_batch_size
+from fastlm.flops import flops_per_token, parameters, peak_bandwidth, peak_flops
+from fastlm.log import warn
+
+SKIPPED, TRACED = 2, 3  # updates: compilation and recording come first
+
+# The first pattern found in the name of a kernel or an operator decides.
+FAMILIES = (
+    ("attention", r"attention|flash|fmha|sdpa"),
+    ("loss", r"cross_entropy|log_softmax|nll_loss"),
+    ("norm", r"rms_norm|layer_norm|add_norm|rsqrt"),
+    ("rotary", r"rotary|rope"),
+    ("optimizer", r"fused_adam|update_kernel|norm_partial|control_kernel|momentum|newton|symmetric|foreach|optimizer"),
+    ("embedding", r"embedding|index_select|radixsort"),
+    ("activation", r"gelu|relu|silu"),
+    ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|\b(add)?mm\b|\bbmm\b|linear|matmul"),
+    ("copies", r"memcpy|memset|copy|clone|\bcat\b|contiguous|fill|zero"),
+)
+OTHER = "other"
+
+Result = TypeVar("Result")
+
+
+def family(name: str) -> str:
+    """The family of a kernel or an operator."""
+    return next((family for family, pattern in FAMILIES if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+class StepProfile:
+    """Runs updates, and traces those after the first few; a context manager, which writes a trace cut short."""
+
+    def __init__(self, cfg: Config, vocab_size: int, device: torch.device, out: Path, note: Callable[[str], None]):
+        self.cfg, self.vocab_size, self.device, self.out, self.note = cfg, vocab_size, device, out / "profile", note
+        self.calls, self.profiler = 0, None
+
+    def run(self, update: Callable[..., Result], *arguments: Any) -> Result:
+        """update(*arguments), traced if it is its turn."""
+        if not self.cfg.train.profile:
+            return update(*arguments)
+        self.calls += 1
+        if self.calls == SKIPPED + 1:
+            self._start()
+        result = update(*arguments)
+        if self.calls == SKIPPED + TRACED:
+            self.close()
+        return result
+
+    def __enter__(self) -> StepProfile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)  # earlier updates are no part of it
+        self.profiler = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
+        self.profiler.__enter__()
+
+    def close(self) -> None:
+        """Stop, write both files and note the table; nothing where no trace is open."""
+        if self.profiler is None:
+            return
+        profiler, self.profiler = self.profiler, None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        profiler.__exit__(None, None, None)
+        updates = self.calls - SKIPPED
+        table = render(milliseconds(profiler.key_averages(), updates, self.device), floors(self.cfg, self.vocab_size))
+        try:
+            self.out.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.out / "trace.json"))
+            (self.out / "families.txt").write_text(table, encoding="utf-8")
+        except OSError as error:
+            warn(f"the profile cannot be written ({error.strerror}); training goes on")
+        self.note(f"profile of {updates} updates, trace in {self.out}\n{table.rstrip()}")
+
+
+def milliseconds(averages: Iterable[Any], updates: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds an update by family, from the profiler's `key_averages`."""
+    times: dict[str, float] = {}
+    for event in averages:
+        if device.type == "cuda":  # operators carry their kernels' time too: count kernels alone
+            own = event.self_device_time_total if event.device_type.name == "CUDA" else 0.0
+        else:
+            own = event.self_cpu_time_total
+        if own:
+            times[family(event.key)] = times.get(family(event.key), 0.0) + own / 1e3 / updates
+    return times
+
+
+def floors(cfg: Config, vocab_size: int) -> dict[str, float]:
+    """Least milliseconds an update, by family, at the peaks of this run's device; only what is known."""
+    name = torch.cuda.get_device_name() if cfg.device == "cuda" else ""
+    found = {}
+    if (flops := peak_flops(name)) is not None:
+        found |= {family: 1e3 * work / flops for family, work in arithmetic(cfg, vocab_size).items()}
+    if (bandwidth := peak_bandwidth(name)) is not None:
+        found |= {family: 1e3 * moved / bandwidth for family, moved in traffic(cfg, vocab_size).items()}
+    return found
+
+
+def arithmetic(cfg: Config, vocab_size: int) -> dict[str, float]:
+    """FLOPs an update of the families that compute; attention's over the triangle that is needed."""
+    tokens, seq_len = cfg.train.batch_size * cfg.data.seq_len, cfg.data.seq_len
+    products = 6 * parameters(cfg.model, vocab_size).matmul
+    attention = flops_per_token(cfg.model, vocab_size, seq_len, causal=True) - products
+    return {"matrix products": float(tokens * products), "attention": float(tokens * attention)}
+
+
+def traffic(cfg: Config, vocab_size: int) -> dict[str, float]:
+    """Bytes an update of the families that only move them.
+
+    A norm with its add reads two rows and writes two, its backward reads three and writes one. The loss reads and
+    writes each logit once, with its gradient in the same place. The optimizer reads and writes what README counts.
+    """
+    tokens, size = cfg.train.batch_size * cfg.data.seq_len, 2 if cfg.train.precision == "bf16" else 4
+    norms = (2 * cfg.model.n_layer + 1) * 8 * cfg.model.n_embd * size * tokens
+    return {
+        "norm": float(norms),
+        "loss": 2.0 * tokens * vocab_size * size,
+        "optimizer": float(parameters(cfg.model, vocab_size).total * _optimizer_bytes(cfg, size)),
+    }
+
+
+def _optimizer_bytes(cfg: Config, size: int) -> int:
+    """A parameter's share of an AdamW step with the norm's pass over the gradients; Muon keeps one moment less."""
+    gradient = 4 if micro_batch_size(cfg, cfg.train.batch_size) < cfg.train.batch_size else size
+    moments = 8 if cfg.optim.name == "muon" else 16
+    copy = size if size < 4 else 0
+    return 2 * gradient + moments + 8 + copy  # gradients twice, the master read and written
+
+
+def render(times: dict[str, float], least: dict[str, float]) -> str:
+    """The table as text, the largest share first."""
+    total = sum(times.values()) or 1.0
+    lines = [f"{'family':<16} {'ms/update':>10} {'share':>6} {'floor ms':>9} {'of floor':>8}"]
+    for name, spent in sorted(times.items(), key=lambda item: -item[1]):
+        floor = least.get(name)
+        reach = ("-", "-") if floor is None else (f"{floor:.3f}", f"{floor / spent:.0%}")
+        lines.append(f"{name:<16} {spent:>10.3f} {spent / total:>6.1%} {reach[0]:>9} {reach[1]:>8}")
+    return "\n".join([*lines, f"{'sum':<16} {total:>10.3f}"]) + "\n"

@@ -1,0 +1,454 @@
+"""The training step's forms: captured, with masters, padded, compiled; what none of them may do."""
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import build, some_tokens
+from test_resume import STEPS, train_until
+from tiny import events, final_weights, record, train, write_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlm import resolve, step_profile
+from fastlm import train as train_module
+from fastlm.capture import CapturedStep
+from fastlm.compiled import check_compiled, compile_block
+from fastlm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from fastlm.data import Batch
+from fastlm.errors import GuardStop, InputError
+from fastlm.flops import flops_per_token
+from fastlm.memory import block_bytes, stem_bytes, step_memory
+from fastlm.model import GPT, flash_attention, hash32
+from fastlm.optim import build_optimizer, set_lr
+from fastlm.resolve import resolve_model
+from fastlm.train import accumulate, train_step
+from fastlm.upload import uploaded
+from fastlm.weights import MASTER, model_tensors, narrow, optimizer_tensors, restore_optimizer
+
+SEEDS = hash32(torch.arange(8))
+
+
+def model_of(name: str = "modern", dtype: torch.dtype = torch.float32, multiple: int = 1, **options: Any) -> GPT:
+    """`build`'s model, computing in `dtype`, its head padded."""
+    plain = build(name, dropout=0.1, n_layer=options.pop("n_layer", 2))
+    model = GPT(plain.cfg, 61, compute_dtype=dtype, vocab_multiple=multiple, **options)
+    model.load_state_dict(plain.state_dict())
+    return model
+
+
+def batches(count: int) -> list[Batch]:
+    found = []
+    for seed in range(count):
+        tokens = some_tokens(8, seed=seed)
+        targets = tokens.roll(-1, 1)
+        targets[1, 5:] = -100
+        found.append(Batch(tokens, targets, 8 * seed))
+    return found
+
+
+class Replays:
+    """A recorder whose replays run the work; `silent` ones do nothing, as recording itself does nothing."""
+
+    def __init__(self, silent: bool = False):
+        self.silent = silent
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], object]:
+        return (lambda: None) if self.silent else work
+
+
+def captured(model: GPT, optimizer: torch.optim.Optimizer, micro: int, silent: bool = False) -> CapturedStep:
+    return CapturedStep(partial(accumulate, model), optimizer, Replays(silent), micro_batch_size=micro)
+
+
+class TestCapture:
+    @pytest.mark.parametrize("micro", [8, 2])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", ["muon", "adamw"])
+    def test_replays_are_the_eager_step_bit_for_bit(self, name: str, dtype: torch.dtype, micro: int):
+        """The schedule, dropout and gradients at fixed addresses included."""
+        results = []
+        rule = OptimConfig(name=name, lr=0.02, weight_decay=0.1)  # type: ignore[arg-type]
+        for capture in (False, True):
+            model = model_of(dtype=dtype)
+            optimizer = build_optimizer(rule, model, captured=True)
+            narrow(model, optimizer, accumulate=micro < 8)
+            eager = partial(train_step, model, optimizer, micro_batch_size=micro)
+            step = captured(model, optimizer, micro) if capture else eager
+            seen, addresses = [], set()
+            for number, batch in enumerate(uploaded(batches(4), torch.device("cpu"))):
+                set_lr(optimizer, 1 / (number + 1))
+                assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.02 / (number + 1))
+                seen.append(step(batch, seeds_B=SEEDS + number))
+                addresses.add(tuple(p.grad.data_ptr() for p in model.parameters() if p.grad is not None))
+            assert len(addresses) == 1
+            if capture:
+                summed = {p.grad.dtype for p in model.parameters() if p.grad is not None}
+                assert summed == {torch.float32 if micro < 8 else dtype}
+            assert len({float(loss) for loss, _ in seen}) == 4, "results are tensors of their own"
+            results.append([*sum(seen, ()), *model_tensors(model, optimizer).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("name", ["muon", "adamw", "adagrad", "sgd"])
+    def test_warming_up_and_recording_leave_no_trace(self, name: str):
+        model = model_of()
+        rule = OptimConfig(name=name, weight_decay=0.1)  # type: ignore[arg-type]
+        optimizer = build_optimizer(rule, model, captured=True)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        state = {key: torch.as_tensor(v).clone() for key, v in optimizer_tensors(model, optimizer).items()}
+        generator = torch.get_rng_state()
+        captured(model, optimizer, 4, silent=True)(batches(1)[0], SEEDS)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        for key, value in optimizer_tensors(model, optimizer).items():
+            assert torch.equal(torch.as_tensor(value), state.get(key, torch.zeros_like(torch.as_tensor(value)))), key
+        assert int(optimizer.skipped_steps) == 0  # type: ignore[attr-defined]
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        assert torch.equal(torch.get_rng_state(), generator)
+
+    def test_a_run_of_replays_resumes_bit_for_bit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """A whole run with a recorder of this file's, stopped and continued; one that cannot record trains as well."""
+        corpus = write_corpus(tmp_path / "corpus.txt")
+        monkeypatch.setattr(resolve, "_cuda_graphs", lambda cfg, device: (True, "CUDA graphs: on"))
+        more = ["--train.micro_batch_size", "4", "--train.precision", "bf16", "--train.save_every", "2"]
+        for name, recorder in (("whole", Replays), ("broken", Replays), ("failing", Failing)):
+            monkeypatch.setattr(train_module, "CudaRecorder", lambda device, recorder=recorder: recorder())
+            if name == "broken":
+                train_until(5, corpus, tmp_path / name, *more)
+            train(corpus, tmp_path / name, *more, steps=3 if name == "failing" else STEPS)
+        assert final_weights(tmp_path / "broken") == final_weights(tmp_path / "whole")
+        assert record(tmp_path / "broken") == record(tmp_path / "whole")
+        losses = [[line["loss"] for line in events(tmp_path / name, "train")][:2] for name in ("whole", "failing")]
+        assert losses[0] == losses[1], "the rate falls sooner in the shorter run, from its third update on"
+        assert [line["step"] for line in events(tmp_path / "broken", "start")] == [0, 4]
+
+
+class Failing(Replays):
+    def record(self, work: Callable[[], None]) -> Callable[[], object]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class TestWeights:
+    @pytest.mark.parametrize(("dtype", "multiple"), [(torch.bfloat16, 1), (torch.float32, 128), (torch.bfloat16, 128)])
+    @pytest.mark.parametrize("name", ["modern", "gpt2"])
+    def test_a_checkpoint_goes_on_bit_for_bit(self, name: str, dtype: torch.dtype, multiple: int):
+        """Masters, moments and the head's padding are made anew from what a checkpoint holds."""
+        rule = OptimConfig(name="muon" if name == "modern" else "adamw", lr=0.02, weight_decay=0.1)
+
+        def start(weights: dict[str, Any], state: dict[str, Any]) -> tuple[GPT, torch.optim.Optimizer]:
+            model = model_of(name, dtype, multiple)
+            model.load_state_dict(weights)
+            optimizer = build_optimizer(rule, model)
+            restore_optimizer(model, optimizer, state)
+            narrow(model, optimizer, accumulate=False)
+            return model, optimizer
+
+        def run(pair: tuple[GPT, torch.optim.Optimizer], part: list[Batch]) -> tuple[dict[str, Any], dict[str, Any]]:
+            for batch in part:
+                train_step(*pair, batch, micro_batch_size=8, seeds_B=SEEDS)
+            weights, state = model_tensors(*pair), optimizer_tensors(*pair)
+            return (*({key: torch.as_tensor(v).clone() for key, v in part.items()} for part in (weights, state)),)  # type: ignore[return-value]
+
+        initial = model_of(name).state_dict()
+        whole = run(start(initial, {}), batches(5))
+        halves = run(start(*run(start(initial, {}), batches(5)[:3])), batches(5)[3:])
+        for a, b in zip(whole, halves, strict=True):
+            assert a.keys() == b.keys()
+            assert [key for key in a if not torch.equal(a[key], b[key])] == []
+        assert {tensor.dtype for tensor in whole[0].values()} == {torch.float32}
+        assert whole[0]["head.weight"].shape == (61, 32)
+        assert not any(MASTER in key for key in whole[1])
+        assert whole[1]["embed.weight/exp_avg"].shape == (61, 32)
+
+    def test_masters_keep_what_bf16_loses(self):
+        model = model_of(dtype=torch.bfloat16)
+        optimizer = build_optimizer(OptimConfig(name="sgd", lr=1e-6, momentum=0.0), model)
+        before = model.state_dict()["embed.weight"].clone()
+        narrow(model, optimizer, accumulate=False)
+        for batch in batches(2):
+            train_step(model, optimizer, batch, micro_batch_size=8, seeds_B=SEEDS)
+        after = model_tensors(model, optimizer)["embed.weight"]
+        assert model.embed.weight.dtype == torch.bfloat16
+        assert torch.equal(model.embed.weight, after.bfloat16())
+        assert 0 < float((after - before).abs().max()) < 1e-5
+
+    @pytest.mark.parametrize("name", ["modern", "gpt2"])
+    def test_padding_stands_for_no_token(self, name: str):
+        """Loss, logits and the start are those without it, and its rows stay 0 under every part of an update."""
+        plain, padded = model_of(name), model_of(name, multiple=128)
+        tokens = some_tokens(8)
+        torch.testing.assert_close(padded(tokens), plain(tokens), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(padded(tokens, tokens), plain(tokens, tokens), rtol=1e-6, atol=0)
+        optimizer = build_optimizer(OptimConfig(name="adamw", lr=0.1, weight_decay=0.5), padded)
+        for batch in batches(2):
+            train_step(padded, optimizer, batch, micro_batch_size=4)
+        assert padded.head.weight.shape == (128, 32)
+        assert not padded.head.weight[61:].any()
+        starts = [GPT(plain.cfg, 61, vocab_multiple=m).init_weights(torch.Generator().manual_seed(1)) for m in (1, 128)]
+        first, second = (model.state_dict() for model in starts)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert not starts[1].head.weight[61:].any()
+
+
+class Watch(TorchDispatchMode):
+    """Notes operators that make the host wait for the device, those that copy, and casts of parameters."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+    COPYING = ("_to_copy", "copy_", "clone", "cat", "slice_backward", "select_backward", "as_strided_scatter")
+
+    def __init__(self, parameters: list[torch.Tensor]):
+        super().__init__()
+        self.places = {p.data_ptr() for p in parameters}
+        self.waits: list[str] = []
+        self.casts: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.waits.append(name)
+        if name in self.COPYING:
+            self.copies.append(name)
+        if name == "_to_copy" and args[0].data_ptr() in self.places:
+            self.casts.append(str(tuple(args[0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+class TestInvariants:
+    def test_the_host_waits_for_nothing_and_no_weight_is_cast(self):
+        model = model_of(dtype=torch.bfloat16)
+        optimizer = build_optimizer(OptimConfig(name="muon"), model, captured=True)
+        narrow(model, optimizer, accumulate=True)
+        step = captured(model, optimizer, 4)
+        step(batches(1)[0], SEEDS)
+        with Watch(list(model.parameters())) as watch:
+            set_lr(optimizer, 0.5)
+            step(batches(2)[1], SEEDS)
+        assert watch.waits == []
+        assert watch.casts == []
+
+    def test_a_cpu_step_copies_only_to_join_the_gradients_of_q_k_and_v(self):
+        model = build("gpt2")
+        optimizer = build_optimizer(OptimConfig(name="adamw"), model)
+        with Watch([]) as watch:
+            train_step(model, optimizer, batches(1)[0], micro_batch_size=8)
+        assert watch.copies == ["cat"] * model.cfg.n_layer
+
+    @pytest.mark.needs_kernels
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    def test_the_host_waits_for_no_update(self, name: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch):
+        """The optimizers' kernels: PyTorch's AdamW reads a flag, which is why graphs need ours.
+
+        Under a dispatch mode they step aside, so that the reads themselves are forbidden here.
+        """
+
+        def read(x: torch.Tensor) -> Any:
+            raise AssertionError(f"read on the host: {x.shape} of {x.dtype}")
+
+        model = model_of("gpt2", n_layer=1).to(kernel_device)
+        rule = OptimConfig(name=name)  # type: ignore[arg-type]
+        optimizer = build_optimizer(rule, model, captured=True)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for method in ("item", "__bool__", "__float__", "__int__", "__index__"):
+            monkeypatch.setattr(torch.Tensor, method, read)
+        set_lr(optimizer, 0.5)
+        optimizer.step()
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks non-leaf tensors, and hides it elsewhere
+    @pytest.mark.parametrize("recompute", ["none", "mlp"])
+    def test_one_graph_serves_all_layers_steps_and_evaluations(self, recompute: str):
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.reset()
+        counters.clear()
+        model = model_of(recompute=recompute)
+        compile_block(model)
+        model.compiled_block = torch.compile(model.compiled_block.__wrapped__, backend="aot_eager", dynamic=False)  # type: ignore[union-attr]
+        optimizer = build_optimizer(OptimConfig(), model, captured=True)
+        for number, batch in enumerate(batches(3)):
+            set_lr(optimizer, 1 / (number + 1))
+            train_step(model, optimizer, batch, micro_batch_size=4, seeds_B=SEEDS)
+            with torch.no_grad():
+                model(batch.inputs[: number + 1, : number + 5])
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        batch = batches(1)[0]
+        assert "check_compile: at most" in check_compiled(model, batch.inputs, batch.targets, SEEDS)
+
+    def test_check_compile_stops_a_run_whose_compiled_gradient_is_another(self):
+        model, batch = model_of(), batches(1)[0]
+
+        def wrong(block: Any, *arguments: Any) -> Any:
+            branch, h = block(*arguments)
+            return branch * 1.01, h
+
+        model.compiled_block = wrong
+        with pytest.raises(GuardStop, match=r"differs by .* --train\.compile false"):
+            check_compiled(model, batch.inputs, batch.targets, SEEDS)
+        assert model.compiled_block is wrong
+        assert all(p.grad is None for p in model.parameters())
+
+
+class TestResolved:
+    def resolve(self, **keys: Any) -> tuple[Config, list[str]]:
+        cfg = Config(train=TrainConfig(steps=5, batch_size=8))
+        for key, value in keys.items():
+            setattr(cfg.model if hasattr(cfg.model, key) else cfg.train, key, value)
+        return resolve.resolve(cfg, torch.device("cpu"), 61, 5)
+
+    def test_what_is_open_is_decided_and_said(self):
+        cfg, notes = self.resolve(recompute=True)
+        assert (cfg.train.micro_batch_size, cfg.train.recompute, cfg.train.cuda_graphs) == (8, "block", False)
+        text = "\n".join(notes)
+        assert "none measured on this cpu yet" in text
+        assert "CUDA graphs: off (not on cpu)" in text
+        assert "micro-batch: 8 of 8 sequences" in text
+
+    def test_the_micro_batch_is_the_largest_that_fits(self, monkeypatch: pytest.MonkeyPatch):
+        cfg = Config(train=TrainConfig(batch_size=8, micro_batch_size=4))
+        resolve_model(cfg)
+        needed = step_memory(cfg, 61).peak / resolve.MEMORY_SHARE
+        monkeypatch.setattr(os, "sysconf", lambda name: 4096 if "SIZE" in name else int(needed / 4096) + 1)
+        assert self.resolve(kernels="torch")[0].train.micro_batch_size == 4
+
+    def test_the_fastest_measured_attention_is_taken(self, monkeypatch: pytest.MonkeyPatch):
+        fastest = resolve.Fastest("triton", "bench/results/x/full_run.json")
+        monkeypatch.setattr(resolve, "FASTEST_ATTENTION", {"cpu": fastest})
+        assert self.resolve(kernels="torch")[0].model.attention == "sdpa", "no kernels, no kernel's attention"
+        monkeypatch.setattr(resolve, "_kernels", lambda cfg, device: ("triton", "kernels: ours"))
+        cfg, notes = self.resolve()
+        assert cfg.model.attention == "triton"
+        assert any("the fastest measured on cpu, bench/results/x" in note for note in notes)
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"attention": "flash"}, r"--model.attention: got flash; flash-attn is not installed .*; use auto or sdpa"),
+            ({"attention": "triton", "kernels": "torch"}, r"no Triton kernels in this run on cpu; use auto or sdpa"),
+            ({"cuda_graphs": True}, r"--train.cuda_graphs: got true; not on cpu; use auto"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, keys: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=message):
+            self.resolve(**keys)
+
+    def test_flash_attn_where_it_is_but_not_for_this_run(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        with pytest.raises(InputError, match="bf16 on a GPU, this run in fp32 on cpu"):
+            self.resolve(attention="flash")
+
+    def test_flash_attn_is_called_in_its_own_layout(self, monkeypatch: pytest.MonkeyPatch):
+        """By a stand-in: the trainer's layout in, flash-attn's inside, the trainer's out."""
+
+        def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert options == {"causal": True, "deterministic": True}
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+        q, kv = torch.randn(2, 4, 6, 8, dtype=torch.bfloat16), torch.randn(2, 2, 6, 8, dtype=torch.bfloat16)
+        options = {"is_causal": True, "enable_gqa": True, "causal_align": "top_left"}
+        expected = flash_attention(q, kv, kv, **options)
+
+        class OnGpu(torch.Tensor):
+            is_cuda = True  # type: ignore[assignment]
+
+        y = flash_attention(q.as_subclass(OnGpu), kv, kv, **options)
+        assert torch.equal(y.as_subclass(torch.Tensor), expected)
+
+
+class TestProfile:
+    def test_a_trace_and_a_table_of_families(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        out = tmp_path / "run"
+        train(write_corpus(tmp_path / "corpus.txt"), out, "--train.profile", "true", steps=6)
+        trace = json.loads((out / "profile/trace.json").read_text())
+        assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+        table = (out / "profile/families.txt").read_text()
+        assert "profile of 3 updates" in capsys.readouterr().out
+        rows = [line.split("  ") for line in table.splitlines()[1:]]
+        assert {"matrix products", "attention", "norm", "optimizer"} <= {row[0] for row in rows}
+        spent = [float(line[16:].split()[0]) for line in table.splitlines()[1:]]
+        assert sum(spent[:-1]) == pytest.approx(spent[-1], abs=0.01)
+        assert spent[:-1] == sorted(spent[:-1], reverse=True)
+
+    def test_floors_are_work_over_peaks(self, monkeypatch: pytest.MonkeyPatch):
+        cfg = Config(device="cuda", train=TrainConfig(batch_size=8, micro_batch_size=8, precision="bf16"))
+        resolve_model(cfg)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        found = step_profile.floors(cfg, 50257)
+        tokens = 8 * cfg.data.seq_len
+        work = tokens * flops_per_token(cfg.model, 50257, cfg.data.seq_len, causal=True)
+        assert found["matrix products"] + found["attention"] == pytest.approx(1e3 * work / 989e12)
+        assert found["loss"] == pytest.approx(1e3 * 2 * tokens * 50257 * 2 / 4.8e12)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
+        assert step_profile.floors(cfg, 50257) == {}
+
+    @pytest.mark.parametrize(
+        ("name", "family"),
+        [
+            ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
+            ("nvjet_sm90_tst_128x256_64x4", "matrix products"),
+            ("flash_fwd_kernel", "attention"),
+            ("cross_entropy_forward_kernel", "loss"),
+            ("rms_norm_backward_kernel", "norm"),
+            ("Memcpy DtoD (Device -> Device)", "copies"),
+            ("aten::addmm", "matrix products"),
+            ("update_kernel", "optimizer"),
+            ("vectorized_elementwise_kernel", "other"),
+        ],
+    )
+    def test_names_tell_families(self, name: str, family: str):
+        assert step_profile.family(name) == family
+
+
+class TestMemory:
+    @pytest.mark.parametrize("recompute", ["none", "activation", "mlp", "block"])
+    @pytest.mark.parametrize("name", ["modern", "modern-gqa", "gpt2"])
+    def test_what_blocks_keep_is_what_the_estimate_says(self, name: str, recompute: str):
+        """Distinct storages that autograd saves, without parameters. PyTorch's rotary keeps some more than ours."""
+        model, tokens = build(name, recompute=recompute, n_embd=128), some_tokens()
+        known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        kept: dict[int, torch.Tensor] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            kept.setdefault(x.untyped_storage().data_ptr(), x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.hidden(tokens)
+        measured = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place and place not in known)
+        count = tokens.numel()
+        estimate = stem_bytes(model.cfg, count, 4) + 2 * block_bytes(model.cfg, count, 4, recompute)
+        assert estimate == pytest.approx(measured, rel=0.05)
+
+    def test_the_parts_follow_the_run(self):
+        def parts(**train: Any) -> Any:
+            cfg = Config(train=TrainConfig(batch_size=8, **{"micro_batch_size": 8, "precision": "bf16", **train}))
+            resolve_model(cfg)
+            return step_memory(cfg, 50257)
+
+        base = parts()
+        assert base.weights == 6 * (base.gradients // 2), "a bf16 copy and its fp32 master"
+        assert parts(micro_batch_size=4).gradients == 2 * base.gradients, "summed in fp32"
+        assert parts(micro_batch_size=4).activations == base.activations // 2
+        peaks = [parts(recompute=dial).peak for dial in ("none", "activation", "mlp", "block")]
+        assert peaks == sorted(peaks, reverse=True)
+        assert len(set(peaks)) == 4
+        assert parts(recompute=True) == parts(recompute="block")
+        wide = ModelConfig(n_embd=4096, n_head=1)
+        rows = [round(block_bytes(wide, 1, 2, dial) / 8192) for dial in ("none", "activation", "mlp", "block")]
+        told = f"of {rows[0]} rows of activations a layer (modern) it keeps {', '.join(map(str, rows))} "
+        assert told in (Path(__file__).parents[1] / "README.md").read_text()

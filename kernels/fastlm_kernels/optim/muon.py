@@ -28,13 +28,14 @@ from ._muon_plan import MuonPlan, scale_of, usable
 from ._newton_schulz import newton_schulz
 from ._options import (
     StepOptions,
-    check_rounding,
+    check_group,
     clip_in_place,
     entries,
     fill_with_zeros,
     gradients,
+    finish_loading,
+    in_32_bits,
     in_fp32,
-    keep_dtypes,
     make_plan,
     opaque,
     readable,
@@ -149,7 +150,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             param_group.setdefault("fused", True)  # torch's sign for: "step" lives on the parameter's device
         _add_param_group(self, param_group)
         _check_group(self.param_groups[-1])
-        check_rounding(self.options, self.param_groups[-1])
+        check_group(self, self.param_groups[-1])
 
     # GradScaler may leave its scale and its finding to `step`.
     _step_supports_amp_scaling = True
@@ -210,7 +211,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         skip = unscale(self, grads)
         found = self._clip_and_find(grads) if self.options.needs_norm and grads else None
         if not skip:
-            with in_fp32(self) as copies:
+            with in_32_bits(self), in_fp32(self) as copies:
                 blocks = self._blocks | {wide: self._blocks[p] for p, wide in copies if p in self._blocks}
                 for group in self.param_groups:
                     params = [p for p in group["params"] if p.grad is not None]
@@ -324,7 +325,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state is a copy and keeps its dtype (torch casts it to the parameter's)."""
         _load_state_dict(self, copy.deepcopy(state_dict))
-        keep_dtypes(self, state_dict)
+        finish_loading(self, state_dict)
 
 
 def _tensor(member: Any) -> Tensor:

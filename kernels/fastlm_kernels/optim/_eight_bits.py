@@ -1,22 +1,23 @@
-"""Adam's two averages in 8 bits: one byte an element and one exponent for each 256 elements.
+"""Adam's two averages in 8 bits: a byte for each element, and an exponent for each 128 of them.
 
     m    1 bit of sign, 4 of exponent, 3 of mantissa        v    5 bits of exponent, 3 of mantissa (v >= 0)
-    value = 2^(LOW + exponent field - 127) (1 + mantissa / 8), code 0 is 0; LOW, one byte a block, puts the largest
-    element of the block into the highest octave, so that m spans 16 octaves below it and v 32
+    value = 2^(LOW + exponent - 127) (1 + mantissa / 8), code 0 is 0; LOW, one byte a block, puts the block's largest
+    element into the highest octave, so that m spans 16 octaves below it and v 32
 
 Why so. Each element's update is m / sqrt(v): what matters is the relative error of each element, however small beside
-its neighbours. Linear codes give an absolute one: most of v would be 0 and its updates infinite. A float's steps are
-relative, an eighth to a sixteenth everywhere, and v, a square, gets twice m's octaves. The dynamic code maps of others
-have as wide a range, finer steps near the top and coarser ones below, and cost a search in a table for each element;
-here coding is a shift. v is never rounded to 0 unless it is 0.
+its neighbours. Linear codes give an absolute one: most of v would be 0, and those updates infinite. A float's steps are
+relative, an eighth to a sixteenth of the value everywhere, and v, a square, gets twice m's octaves. The dynamic code
+maps of others have such a range too, finer steps near the top and coarser ones below, and search a table for each
+element; here coding is a shift. v is never rounded to 0 unless it is 0.
 
 Both are rounded stochastically: a value between two codes takes the upper one with the probability of how far it lies
-towards it, so that the stored number is right on average. To the nearest, an average that moves by less than half a step
-an update would never move: with beta2 = 0.999 v moves by a thousandth, and half a step is three hundredths or more. Since
-LOW only shifts exponents, the codes of a block are the same numbers whatever its largest element does next: what does not
-change is stored exactly, again and again. The draw is that of `_rounding.py`: seed, parameter, step and element.
+towards it, so that what is stored is right on average. Rounded to the nearest, an average that moves by less than half a
+step an update would never move: with beta2 = 0.999 v moves by thousandths, and half a step is three hundredths or more.
+Since LOW only shifts exponents, a stored number stays a code whatever its block's largest element does next: what does
+not change is stored exactly, again and again. The draw is that of `_rounding.py`: seed, parameter, step and element.
 
-An inf or NaN lifts LOW so far that the rest of its block is lost: `skip_nonfinite` keeps it out.
+128 fp32 elements are what a warp reads at once: it finds the largest without waiting for another. An inf or NaN lifts
+LOW so far that the rest of its block is lost: `skip_nonfinite` keeps them out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from .._runtime import kernel, tl
 from ._rounding import hashed
 
-BLOCK = 256
+BLOCK = 128
 M_OCTAVES, V_OCTAVES = 16, 32
 # As bitsandbytes and torchao draw the line: biases and norms are a thousandth of a model.
 SMALLEST = 4096
@@ -47,7 +48,7 @@ _SALT = 0x632BE5AB  # tells these draws from those of the parameter's own roundi
 
 @kernel()
 def decoded(code, low, OCTAVES: tl.constexpr):
-    """uint8 codes (rows, 256) and each row's LOW, uint8 (rows, 1), as fp32."""
+    """uint8 codes (rows, 128) and each row's LOW, uint8 (rows, 1), as fp32."""
     code, base = code.to(tl.int32), low.to(tl.int32) << 23
     magnitude = code & (8 * OCTAVES - 1)
     bits = tl.where(magnitude == 0, 0, (magnitude << 20) + base)
@@ -64,7 +65,7 @@ def salted(bits):
 
 @kernel()
 def encoded(x, noise, OCTAVES: tl.constexpr):
-    """x (rows, 256) as uint8 codes and each row's LOW, uint8; noise: 16 random bits for each element."""
+    """x (rows, 128) as uint8 codes and each row's LOW, uint8; noise: 16 random bits for each element."""
     raw = x.to(tl.int32, bitcast=True)
     bits = tl.where(x == x, raw & 0x7FFFFFFF, 0x7FC00000)
     # The largest element's octave, or the next where its mantissa rounds up to 2.

@@ -275,10 +275,16 @@ class Bundle:
         buffer, scalars = sent
         form = self.form
         dtypes = (form.param, form.grad, *form.states, form.master)
-        sizes = [dtype.itemsize for dtype in dtypes if dtype is not None]
+        # 8-bit states are worked on in fp32: tiles for 16 bits would take twice the registers, and spill.
+        narrow = form.states[0] == torch.uint8
+        sizes = [4 if narrow else dtype.itemsize for dtype in dtypes if dtype is not None]
         architecture = _runtime.architecture(self.device)
         config = configs.optim_config(architecture, *sizes)
-        every_option = control is not None and zero and max(sizes) == 2
+        registers = configs.registers_asked_for(architecture)
+        if narrow:
+            registers = configs.OPTIM_EIGHT_BITS_REGISTERS
+        elif control is not None and zero and max(sizes) == 2:
+            registers = configs.OPTIM_REGISTERS
         launch(
             update_kernel,
             (self.chunks,),
@@ -287,7 +293,7 @@ class Bundle:
                 *(self.tickets, len(self.members)),
             ),
             num_warps=config.num_warps,
-            max_registers=configs.OPTIM_REGISTERS if every_option else configs.registers_asked_for(architecture),
+            max_registers=registers,
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),

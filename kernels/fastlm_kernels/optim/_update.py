@@ -136,20 +136,19 @@ def _mixed(bits):
 
 
 @kernel()
-def _hashed(element, seed, t):
-    """32 random bits for each element."""
-    # Element numbers may pass 2^32: their upper half enters by the key, as do the tensor and the step.
-    upper = (element >> 32).to(tl.uint32)
+def _hashed(begin, at, seed, t):
+    """32 random bits for each element begin + at of a chunk."""
     key = _mixed(seed.to(tl.uint32) ^ _mixed((seed >> 32).to(tl.uint32) ^ _mixed(t.to(tl.uint32))))
-    return _mixed(element.to(tl.uint32) ^ _mixed(upper ^ key))
+    # Element numbers may pass 2^32, at the beginning of a chunk: their upper half enters by the key.
+    key = _mixed((begin >> 32).to(tl.uint32) ^ key)
+    return _mixed((begin.to(tl.uint32) + at.to(tl.uint32)) ^ key)
 
 
 @kernel()
-def _rounded_stochastically(x, element, seed, t):
+def _rounded_stochastically(x, noise):
     """x as bf16, away from 0 with the probability of how far it lies beyond the nearer neighbour; exact values stay."""
-    noise = _hashed(element, seed, t) & 0xFFFF
     bits = x.to(tl.uint32, bitcast=True)
-    up = ((bits + noise) >> 16).to(tl.uint16)
+    up = ((bits + (noise & 0xFFFF)) >> 16).to(tl.uint16)
     # The carry would turn a NaN into a number.
     quiet = (bits >> 16).to(tl.uint16) | 0x40
     return tl.where(x == x, up, quiet).to(tl.bfloat16, bitcast=True)
@@ -264,7 +263,7 @@ def _tile(
         tl.static_assert(RULE == "apply")
         p = p - lr * decay * p - rate * g
     if STATE0 == tl.uint8:
-        noise = _mixed(salted(_hashed(begin + at, seed, t)))
+        noise = _mixed(salted(_hashed(begin, at, seed, t)))
         _store_codes(s0_at, low0_at, begin, at, s0, noise & 0xFFFF, low_mask, mask, 16, ALIGNED)
         _store_codes(s1_at, low1_at, begin, at, s1, noise >> 16, low_mask, mask, 32, ALIGNED)
     else:
@@ -274,7 +273,7 @@ def _tile(
     _store(master_at, begin, at, p, mask, MASTER, ALIGNED)
     if STOCHASTIC:
         tl.static_assert(tl.bfloat16 == PARAM)
-        p = _rounded_stochastically(p, begin + at, seed, t)
+        p = _rounded_stochastically(p, _hashed(begin, at, seed, t))
     _store(p_at, begin, at, p, mask, PARAM, ALIGNED)
     if ZERO_GRADS:
         _store(g_at, begin, at, tl.zeros(at.shape, tl.float32), mask, GRAD, ALIGNED)

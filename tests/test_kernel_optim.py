@@ -204,7 +204,7 @@ def test_a_copied_optimizer_still_clips(way: Any) -> None:
         ({"max_grad_norm": "1"}, "max_grad_norm: got '1'"),
         ({"max_grad_norm": True}, "max_grad_norm: got True"),
         ({"master_weights": True, "stochastic_rounding": True}, "stochastic_rounding: got True"),
-        ({"state_bits": 8}, "state_bits: got 8"),
+        ({"state_bits": "8"}, "state_bits: got '8'"),
         ({"state_bits": 16}, "state_bits: got 16"),
     ],
     ids=str,

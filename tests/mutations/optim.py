@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mutations.mutation import Mutation
 
+EIGHT = "test_eight_bits.py::"
+EVERY_OPTION = "{'max_grad_norm': 1.0, 'skip_nonfinite': True, 'zero_grads': True}"
 STEPS = "test_fused_optim.py::test_twenty_steps_are_as_accurate_as_torchs[{}]"
 
 MUTATIONS = (
@@ -238,6 +240,62 @@ MUTATIONS = (
         "            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:",
         "            if not isinstance(value, Tensor):",
         "test_wide_optim.py::test_wide_updates_save_load_and_go_on_bit_for_bit[triton-AdamW-master_weights]",
+    ),
+    Mutation(
+        "8-bit averages without their sign",
+        "optim/_eight_bits.py",
+        "        bits |= (code & 0x80) << 24\n",
+        "        bits |= (code & 0x80) << 23\n",
+        EIGHT + "test_the_update_is_that_of_float64_on_the_stored_states[triton-AdamW]",
+    ),
+    Mutation(
+        "8-bit blocks an octave too high",
+        "optim/_eight_bits.py",
+        "low = tl.maximum(top - (OCTAVES - 1), 1)",
+        "low = tl.maximum(top - OCTAVES, 1)",
+        EIGHT + "test_the_update_is_that_of_float64_on_the_stored_states[triton-Adam]",
+    ),
+    Mutation(
+        "a small v becomes 0",
+        "optim/_eight_bits.py",
+        "        up = x > 0.0\n",
+        "        up = x > least\n",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "8-bit averages rounded to the nearest",
+        "optim/_eight_bits.py",
+        "    noise = noise.to(tl.int32) * 16 + 8\n",
+        "    noise = noise.to(tl.int32) * 0 + (1 << 19)\n",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "v drawn with m's noise",
+        "optim/_update.py",
+        "s1, noise >> 16, low_mask",
+        "s1, noise & 0xFFFF, low_mask",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "exponents past the last block",
+        "optim/_update.py",
+        "low_mask = blocks * STATE_BLOCK < left\n",
+        "low_mask = blocks * STATE_BLOCK < left + STATE_BLOCK\n",
+        EIGHT + "test_tails_and_unaligned_tensors_and_nothing_beside_the_states",
+    ),
+    Mutation(
+        "every chunk takes the first blocks' exponents",
+        "optim/_update.py",
+        "first = begin // STATE_BLOCK + blocks",
+        "first = blocks",
+        EIGHT + "test_tails_and_unaligned_tensors_and_nothing_beside_the_states",
+    ),
+    Mutation(
+        "loading rounds nothing to 8 bits",
+        "optim/_options.py",
+        "                _eight_bits.narrow(optimizer.state.get(p, {}), p)\n",
+        "                pass\n",
+        EIGHT + "test_states_move_from_torch_to_8_bits_and_back[triton]",
     ),
     Mutation(
         "num_items hides a bad reduction",

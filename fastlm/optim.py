@@ -19,7 +19,7 @@ def build_optimizer(cfg: OptimConfig, model: GPT) -> torch.optim.Optimizer:
     else gets AdamW at `adam_lr`. Otherwise one rule for all, with weight decay on tensors of two or more dimensions.
     `step()` clips the global norm, leaves out a non-finite update whole, and notes the norm in `grad_norm`.
     """
-    guards = {"max_grad_norm": cfg.grad_clip, "skip_nonfinite": True}
+    guards = {"max_grad_norm": cfg.grad_clip, "skip_nonfinite": True, "state_bits": cfg.state_bits}
     if cfg.name == "muon":
         groups = _muon_groups(cfg, model)
         optimizer: Any = fk.optim.MuonWithAdamW(groups, split=qkv_split(model), **guards)

@@ -433,7 +433,7 @@ OPTIM_CHUNK = 8192
 _OPTIM_THREADS = 256
 # For every option at once on 16-bit tensors, which else spill on sm_80; asked for elsewhere, it costs resident warps.
 OPTIM_REGISTERS = 168
-# With states of 8 bits the assembler takes up to 180 where 80 to 96 do, which hold three programs of fp32 instead of two.
+# With states of 8 bits the assembler takes up to 180 where 80 do, which hold three programs instead of one or two.
 OPTIM_EIGHT_BITS_REGISTERS = 96
 
 

@@ -11,8 +11,8 @@ maps of others have such a range too, finer steps near the top and coarser ones 
 element; here coding is a shift. v is never rounded to 0 unless it is 0.
 
 Both are rounded stochastically: a value between two codes takes the upper one with the probability of how far it lies
-towards it, so that what is stored is right on average. Rounded to the nearest, an average that moves by less than half a
-step an update would never move: with beta2 = 0.999 v moves by thousandths, and half a step is three hundredths or more.
+towards it, so that what is stored is right on average. Rounded to the nearest, an average that moves by less than half
+a step an update would never move: with beta2 = 0.999 v moves by thousandths, half a step is three hundredths or more.
 Since LOW only shifts exponents, a stored number stays a code whatever its block's largest element does next: what does
 not change is stored exactly, again and again. The draw is that of `_rounding.py`: seed, parameter, step and element.
 

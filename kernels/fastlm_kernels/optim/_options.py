@@ -391,9 +391,7 @@ def in_32_bits(optimizer: Any) -> Iterator[None]:
     """Averages kept in 8 bits are torch's own fp32 ones inside, and rounded after."""
     places = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     narrowed = [
-        (i, group, p)
-        for i, (group, p) in enumerate(places)
-        if p.grad is not None and _narrows(optimizer, group, p)
+        (i, group, p) for i, (group, p) in enumerate(places) if p.grad is not None and _narrows(optimizer, group, p)
     ]
     for _, _, p in narrowed:
         _eight_bits.widen(optimizer.state.get(p, {}))

@@ -14,8 +14,9 @@ With g the gradient (negated for maximize, scaled by the clipping factor), p the
     apply   p -= lr decay p + lr scale g         Muon's two halves: its g is the orthogonalised p of the momentum
 
 Memory traffic per parameter, s bytes for parameter and gradient, 4 for each fp32 state: AdamW reads p, g, m, v and
-writes p, m, v, 3 s + 16: 28 in fp32, 16 with m and v in 8 bits (`_eight_bits.py`). Beside it: the norm for clipping or the guard reads g once more, + s; zeroing
-gradients writes them, + s; 16-bit parameters with fp32 masters read the master in p's stead and write both, 2 s + 24.
+writes p, m, v, 3 s + 16: 28 in fp32, 16 with m and v in 8 bits (`_eight_bits.py`). Beside it: the norm for clipping or
+the guard reads g once more, + s; zeroing gradients writes them, + s; 16-bit parameters with fp32 masters read the
+master in p's stead and write both, 2 s + 24.
 
 A program works on one chunk of one tensor: CHUNKS holds the tensor of each chunk, a row of TABLE where it lies, GRADS
 the addresses of the gradients, which change most often. Tiles that are whole and whose tensors all lie on 16-byte
@@ -230,7 +231,7 @@ def _tile(
     else:
         p = _load(p_at, begin, at, mask, PARAM, ALIGNED)
     g = _load(g_at, begin, at, mask, GRAD, ALIGNED) * factor
-    if STATE0 == tl.uint8:
+    if tl.uint8 == STATE0:
         low_mask = None
         if not ALIGNED:
             low_mask = blocks * STATE_BLOCK < left
@@ -262,7 +263,7 @@ def _tile(
     else:
         tl.static_assert(RULE == "apply")
         p = p - lr * decay * p - rate * g
-    if STATE0 == tl.uint8:
+    if tl.uint8 == STATE0:
         noise = _mixed(salted(_hashed(begin, at, seed, t)))
         _store_codes(s0_at, low0_at, begin, at, s0, noise & 0xFFFF, low_mask, mask, 16, ALIGNED)
         _store_codes(s1_at, low1_at, begin, at, s1, noise >> 16, low_mask, mask, 32, ALIGNED)
@@ -352,7 +353,7 @@ def update_kernel(
     tiles = tl.where(skipped == 0.0, tl.cdiv(left, BLOCK), 0)
     wide_tiles = tl.minimum(tl.where(aligned, left // BLOCK, 0), tiles)
     blocks, cols = 0, tl.arange(0, BLOCK)
-    if STATE0 == tl.uint8:
+    if tl.uint8 == STATE0:
         # A row of the tile is a block of the states, whose elements have one exponent.
         blocks = tl.arange(0, BLOCK // STATE_BLOCK)
         cols = blocks[:, None] * STATE_BLOCK + tl.arange(0, STATE_BLOCK)[None, :]

@@ -14,9 +14,9 @@ between torch's own implementations and are accepted. Each class takes, keyword-
                           states are fp32. Draws follow the group's "fastlm/seed" (0), the step and the element: runs
                           repeat bit for bit
     zero_grads            fill the gradients with 0 in the same pass; `p.grad` is kept
-    state_bits=8          AdamW and Adam: both averages in a byte an element and one for each 128 (`_eight_bits.py`), where
-                          a parameter has 4096 elements or more and is fp32, fp16 or bf16; others keep theirs in fp32.
-                          ValueError beside amsgrad or differentiable, for other classes, and under FSDP2
+    state_bits=8          AdamW and Adam: both averages in a byte an element and one for each 128 (`_eight_bits.py`),
+                          where a parameter has 4096 elements or more and is fp32, fp16 or bf16; smaller ones keep
+                          theirs in fp32. ValueError beside amsgrad or differentiable, and under FSDP2
 
 The options are not part of `state_dict`: they belong to the constructor. States of ours stand in it as "fastlm/...".
 With state_bits=8 "fastlm/exp_avg", "fastlm/exp_avg_low" and their like of "exp_avg_sq" stand there instead of torch's.

@@ -45,7 +45,7 @@ from ._options import (
     unscale,
 )
 from ._plan import Control, Plan, capturing_graph, laid_out_as
-from ._sharded import like_shards_of, local, sharded_as, whole
+from ._sharded import cut_alike, like_shards_of, local, shard_group, sharded_as, whole
 from .torch_optim import ADAM
 
 # Under these decorated methods torch imports its compiler, most of a second, on the first call.
@@ -164,14 +164,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         groups = self.param_groups
         kinds: dict[bool, tuple[list[Tensor], list[Tensor], list[int]]] = {True: ([], [], []), False: ([], [], [])}
         for p, grad, number in zip(*entries(groups), strict=True):
-            for column, value in zip(kinds[groups[number]["use_muon"]], (p, grad, number), strict=True):
+            for column, value in zip(kinds[groups[number]["use_muon"]], (p, local(grad), number), strict=True):
                 column.append(value)  # type: ignore[arg-type]
         (matrices, updates, _), (rest, grads, _) = kinds[True], kinds[False]
         if not matrices and not rest:
             return True
         plans = self._plans
         if plans is None or not self._fits(plans, kinds):
-            if not (readable(matrices + rest, updates + grads) and usable(matrices)):
+            params = matrices + rest
+            plain = readable([local(p) for p in params], updates + grads)
+            if not (plain and cut_alike(params) and usable(matrices)):
                 return False
             plans = self._plans = self._make_plans(kinds)
         elif not strided(updates + grads):
@@ -204,7 +206,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             muon = MuonPlan(self, matrices, updates, numbers, self._blocks, torch.float32)
         bundles = (adamw.bundles if adamw else []) + (muon.bundles if muon else [])
         self.skipped_steps = self.skipped_steps.to(bundles[0].device)
-        return adamw, muon, Control(bundles, self.options)
+        return adamw, muon, Control(bundles, self.options, shard_group((matrices + rest)[0]))
 
     def _step_torch(self) -> None:
         grads = gradients(self.param_groups)

@@ -32,6 +32,7 @@ import torch
 from ._muon_plan import MuonPlan, usable
 from ._options import WithOptions, entries, readable, scaling, strided
 from ._plan import STEP, Control, Group, Rule, capturing_graph
+from ._sharded import cut_alike, local, shard_group
 
 
 def _adam_states(group: Group) -> tuple[str, str, str | None]:
@@ -128,12 +129,13 @@ class Muon(WithOptions, torch.optim.Muon):
         params, grads, numbers = entries(self.param_groups)
         if not params:
             return True
+        grads = [local(grad) for grad in grads]
         plan, control = self._plan or (None, None)
         if plan is None or control is None or not plan.fits(params, grads, self.param_groups, self.state):
-            if not (readable(params, grads) and usable(params)):
+            if not (readable([local(p) for p in params], grads) and cut_alike(params) and usable(params)):
                 return False
             plan = MuonPlan(self, params, grads, numbers, {}, torch.float32 if self.options.wide else None)
-            control = Control(plan.bundles, self.options)
+            control = Control(plan.bundles, self.options, shard_group(params[0]))
             self._plan = plan, control
             self.skipped_steps = self.skipped_steps.to(params[0].device)
         elif not strided(grads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -109,3 +110,47 @@ def test_two_processes_train_as_one(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_with_the_kernels(kind: str) -> None:
     _check(kind, (*NAMES, "Muon"))
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A line of one process, this one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def _cut(p: Tensor, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(p.detach().clone(), mesh, [Shard(0)]).requires_grad_()
+
+
+@pytest.mark.both_paths
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_16_bit_matrices_that_are_cut_step_as_whole_ones(option: str, mesh: Any) -> None:
+    whole = [p.bfloat16().detach().requires_grad_() for p in _model().parameters()]
+    cut = [_cut(p, mesh) for p in whole]
+    ours, theirs = (
+        fk.optim.MuonWithAdamW(params, split={params[0]: [3, 5]}, **{option: True}) for params in (cut, whole)
+    )
+    for step in range(2):
+        for p, q in zip(cut, whole, strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            p.grad = _cut(q.grad, mesh).detach()
+        ours.step()
+        theirs.step()
+    for p, q in zip(cut, whole, strict=True):
+        assert torch.equal(_full(p), q)
+        assert ours.state[p].keys() == theirs.state[q].keys()
+        for key, value in theirs.state[q].items():
+            assert torch.equal(_full(ours.state[p][key]), value), key
+
+
+def test_8_bits_of_what_is_cut_are_one_clear_error(mesh: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"state_bits: got 8 for a sharded parameter of shape \(8, 6\); use"
+    ):
+        fk.optim.AdamW([_cut(torch.ones(8, 6), mesh)], state_bits=8)

@@ -454,4 +454,4 @@ def _swap_out(optimizer: Any, group: dict[str, Any], p: Tensor, copy: Tensor) ->
         state[STEP] = state.get(STEP, torch.zeros((), device=p.device)) + 1
     # Muon's kernel keeps one count a block
     step = torch.as_tensor(state[key]).reshape(-1)[0]
-    p.copy_(round_stochastically(copy, group.setdefault(SEED, 0), index, step))
+    local(p).copy_(round_stochastically(local(copy), group.setdefault(SEED, 0), index, step))

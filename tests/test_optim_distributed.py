@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def mesh() -> Iterator[Any]:
     """A line of one process, this one."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
 
@@ -133,9 +134,8 @@ def _cut(p: Tensor, mesh: Any) -> Tensor:
 def test_16_bit_matrices_that_are_cut_step_as_whole_ones(option: str, mesh: Any) -> None:
     whole = [p.bfloat16().detach().requires_grad_() for p in _model().parameters()]
     cut = [_cut(p, mesh) for p in whole]
-    ours, theirs = (
-        fk.optim.MuonWithAdamW(params, split={params[0]: [3, 5]}, **{option: True}) for params in (cut, whole)
-    )
+    make: Any = partial(fk.optim.MuonWithAdamW, **{option: True})
+    ours, theirs = (make(params, split={params[0]: [3, 5]}) for params in (cut, whole))
     for step in range(2):
         for p, q in zip(cut, whole, strict=True):
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
@@ -150,7 +150,5 @@ def test_16_bit_matrices_that_are_cut_step_as_whole_ones(option: str, mesh: Any)
 
 
 def test_8_bits_of_what_is_cut_are_one_clear_error(mesh: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"state_bits: got 8 for a sharded parameter of shape \(8, 6\); use"
-    ):
+    with pytest.raises(ValueError, match=r"state_bits: got 8 for a sharded parameter of shape \(8, 6\); use"):
         fk.optim.AdamW([_cut(torch.ones(8, 6), mesh)], state_bits=8)

@@ -75,14 +75,22 @@ def test_dynamo_does_not_look_inside(path: str, device: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
-def recorded(name: str, params: list[Tensor], steps: int = 1, **options: Any) -> list[list[_runtime.Launch]]:
-    """The launches of each step on tensors without data: reading one on the host would raise."""
+def recorded(
+    name: str, params: list[Tensor], steps: int = 1, tensor_rates: bool = False, **options: Any
+) -> list[list[_runtime.Launch]]:
+    """The launches of each step on tensors without data: reading one on the host would raise.
+
+    Each step has a rate of its own; tensor_rates: in a tensor of its own, and the decay in another.
+    """
     optimizer = make(name, params, **options)
     found = []
     for step in range(steps):
         for p in params:
             p.grad = torch.empty_like(p)
-        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        group = optimizer.param_groups[0]
+        group["lr"] = 0.1 / (step + 1)
+        if tensor_rates:
+            group |= {"lr": torch.empty((), device="meta"), "weight_decay": torch.empty((), device="meta")}
         with _runtime.recording("sm_90") as launches:
             optimizer.step()
         found.append(list(launches))
@@ -102,7 +110,8 @@ def test_one_launch_a_dtype_whatever_the_number_of_tensors_and_groups(name: str)
 
 
 @pytest.mark.needs_triton
-def test_no_step_of_a_schedule_compiles_anew() -> None:
+@pytest.mark.parametrize("tensor_rates", [False, True])
+def test_no_step_of_a_schedule_compiles_anew(tensor_rates: bool) -> None:
     """What decides the binary is the same in every step: constants, and each argument's type."""
     params = [torch.empty(40, device="meta", requires_grad=True) for _ in range(3)]
     kinds = {
@@ -110,6 +119,6 @@ def test_no_step_of_a_schedule_compiles_anew() -> None:
             (launch.kernel.__name__, tuple(launch.constexprs.items()), tuple(type(a) for a in launch.arguments))
             for launch in step
         )
-        for step in recorded("AdamW", params, 1000, max_grad_norm=1.0)
+        for step in recorded("AdamW", params, 1000, tensor_rates, max_grad_norm=1.0)
     }
     assert len(kinds) == 1

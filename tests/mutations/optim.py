@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "every tensor starts at the first chunk",
         "optim/_update.py",
-        "begin = (tl.program_id(0) - tl.load(row + 7)) * CHUNK\n    left = tl.minimum(size",
+        "begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK\n    left = tl.minimum(size",
         "begin = tl.program_id(0) * CHUNK\n    left = tl.minimum(size",
         STEPS.format("AdamW-default"),
     ),
@@ -130,6 +130,13 @@ MUTATIONS = (
         "test_fused_optim.py::test_clipping_equals_clip_grad_norm_then_step[triton-SGD]",
     ),
     Mutation(
+        "the norm takes the first chunk for all",
+        "optim/_update.py",
+        "begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK\n    left = tl.minimum(tl.load",
+        "begin = 0 * tl.load(row + 9)\n    left = tl.minimum(tl.load",
+        "test_fused_optim.py::test_clipping_equals_clip_grad_norm_then_step[triton-SGD]",
+    ),
+    Mutation(
         "small gradients are scaled up",
         "optim/_update.py",
         "tl.where(ratio > 1.0, 1.0, ratio)",
@@ -160,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "rounding by half the noise",
         "optim/_update.py",
-        "_mixed(upper ^ key)) & 0xFFFF",
-        "_mixed(upper ^ key)) & 0x7FFF",
+        "(noise & 0xFFFF)) >> 16",
+        "(noise & 0x7FFF)) >> 16",
         "test_wide_optim.py::test_small_updates_of_bf16_count_on_average[triton]",
     ),
     Mutation(
@@ -205,6 +212,13 @@ MUTATIONS = (
         "total += beta * tl.load",
         "total += tl.load",
         "test_muon.py::test_symmetric_products[torch.float32-(2, 5, 7)-True]",
+    ),
+    Mutation(
+        "what is cut is orthogonalised ungathered",
+        "optim/_muon_plan.py",
+        "        self._gather()\n",
+        "",
+        "test_optim_distributed.py::test_16_bit_matrices_that_are_cut_step_as_whole_ones[master_weights]",
     ),
     Mutation(
         "new gradients, old addresses",

@@ -283,7 +283,7 @@ class Bundle:
         registers = configs.registers_asked_for(architecture)
         if narrow:
             registers = configs.OPTIM_EIGHT_BITS_REGISTERS
-        elif control is not None and zero and max(sizes) == 2:
+        elif control is not None and zero and (stochastic or max(sizes) == 2):
             registers = configs.OPTIM_REGISTERS
         launch(
             update_kernel,

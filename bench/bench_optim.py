@@ -136,8 +136,8 @@ def test_adamw(benchmark: Any, model: str, clip: float | None, provider: str) ->
 
 def _host_seconds(provider: str) -> tuple[float, str]:
     """(host seconds of a step over 150 small tensors, the path that it took)."""
-    device = "meta" if provider == "fastlm" and not GPU else DEVICE
-    params = [torch.empty(8, 8, device=device).fill_(0.5).requires_grad_() for _ in range(150)]
+    where = "meta" if provider == "fastlm" and not GPU else DEVICE
+    params = [torch.empty(8, 8, device=where).fill_(0.5).requires_grad_() for _ in range(150)]
     for p in params:
         p.grad = torch.ones_like(p)
     if provider == "fastlm":
@@ -149,7 +149,7 @@ def _host_seconds(provider: str) -> tuple[float, str]:
         optimizer.param_groups[0]["lr"] *= 0.999
         optimizer.step()
 
-    if device != "meta":
+    if where != "meta":
         return host_seconds(step), "triton" if provider == "fastlm" else "torch"
     with _runtime.recording("sm_90"):
         return host_seconds(step), "triton, launches recorded"
@@ -158,6 +158,7 @@ def _host_seconds(provider: str) -> tuple[float, str]:
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_host_time_of_150_tensors(benchmark: Any, provider: str) -> None:
     """What a step costs before the device has anything to do."""
+    _check(None)
     baseline, _ = _host_seconds("fused")
     seconds, path = _host_seconds(provider)
     benchmark.extra_info.update(
@@ -168,7 +169,9 @@ def test_host_time_of_150_tensors(benchmark: Any, provider: str) -> None:
         ratio=baseline / seconds,
         seconds=seconds,
         host_seconds=seconds,
-        device=torch.cuda.get_device_name() if GPU else "cpu",
+        direction="host",
+        device=device.name(),
+        checked=True,
         path=path,
     )
     benchmark.pedantic(_host_seconds, args=(provider,), rounds=1)

@@ -6,6 +6,10 @@ a GPU, by CUDA-graph replay; a small model on a CPU, where ours is torch's.
 `extra_info` holds kernel, provider, shape, dtype, ratio (the time of torch's fused step over this one's: above 1 is
 faster), seconds a step (device time on a GPU), host_seconds of one eager call, and bytes a second, which counts what
 ours must move (28 bytes a parameter in fp32, 32 with clipping).
+
+`adamw.host` is the host's time of one eager step over 150 tensors of 8 x 8, with a new rate each time. Without a GPU
+ours is the kernels' path on tensors without data, its launches recorded instead of made, and torch's steps include
+their arithmetic, as `path` says: there it tells what the bookkeeping costs, not which is faster.
 """
 
 from __future__ import annotations
@@ -128,3 +132,46 @@ def test_adamw(benchmark: Any, model: str, clip: float | None, provider: str) ->
             torch.cuda.synchronize()
 
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+
+
+def _host_seconds(provider: str) -> tuple[float, str]:
+    """(host seconds of a step over 150 small tensors, the path that it took)."""
+    where = "meta" if provider == "fastlm" and not GPU else DEVICE
+    params = [torch.empty(8, 8, device=where).fill_(0.5).requires_grad_() for _ in range(150)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    if provider == "fastlm":
+        optimizer = fk.optim.AdamW(params, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=1e-4, **{provider: True})  # type: ignore[arg-type]
+
+    def step() -> None:
+        optimizer.param_groups[0]["lr"] *= 0.999
+        optimizer.step()
+
+    if where != "meta":
+        return host_seconds(step), "triton" if provider == "fastlm" else "torch"
+    with _runtime.recording("sm_90"):
+        return host_seconds(step), "triton, launches recorded"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_host_time_of_150_tensors(benchmark: Any, provider: str) -> None:
+    """What a step costs before the device has anything to do."""
+    _check(None)
+    baseline, _ = _host_seconds("fused")
+    seconds, path = _host_seconds(provider)
+    benchmark.extra_info.update(
+        kernel="adamw.host",
+        provider=provider,
+        shape="150x8x8",
+        dtype="float32",
+        ratio=baseline / seconds,
+        seconds=seconds,
+        host_seconds=seconds,
+        direction="host",
+        device=device.name(),
+        checked=True,
+        path=path,
+    )
+    benchmark.pedantic(_host_seconds, args=(provider,), rounds=1)

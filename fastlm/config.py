@@ -78,6 +78,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # adam, adamw, and the AdamW part of muon
     eps: float = 1e-8
     momentum: float = 0.95  # muon, sgd, rmsprop
+    state_bits: Literal[32, 8] = 32  # adamw, adam, and the AdamW part of muon: bits of each of the two averages
     weight_decay: float = 0.0  # on tensors with two or more dimensions
     grad_clip: float | None = 1.0  # global norm; None = off
     schedule: Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd"] = "wsd"
@@ -268,6 +269,11 @@ RULES: tuple[Rule, ...] = (
         "optim.min_lr_ratio",
         lambda c: c.optim.schedule != "exponential" or c.optim.min_lr_ratio > 0,
         lambda c: "an exponential schedule never reaches 0; give more, 0.1 for one",
+    ),
+    Rule(
+        "optim.state_bits",
+        lambda c: c.optim.state_bits == 32 or c.optim.name in ("muon", "adamw", "adam"),
+        lambda c: f"--optim.name {c.optim.name} knows 32 alone; leave it out, or use adamw, adam or muon",
     ),
     Rule(
         "train.micro_batch_size",

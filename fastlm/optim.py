@@ -23,7 +23,7 @@ def build_optimizer(cfg: OptimConfig, model: GPT, *, captured: bool = False) -> 
     `step()` clips the global norm, leaves out a non-finite update whole, and notes the norm in `grad_norm`.
     """
     guards = {"max_grad_norm": cfg.grad_clip, "skip_nonfinite": True, "zero_grads": captured}
-    guards["master_weights"] = model.compute_dtype != torch.float32
+    guards |= {"master_weights": model.compute_dtype != torch.float32, "state_bits": cfg.state_bits}
     if cfg.name == "muon":
         groups = _muon_groups(cfg, model)
         optimizer: Any = fk.optim.MuonWithAdamW(groups, split=qkv_split(model), **guards)

@@ -22,6 +22,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+import fastlm_kernels as fk
 from fastlm_kernels import _interpreter, _runtime
 
 CAN_RUN_KERNELS = _runtime.INTERPRETED or (_runtime.HAS_TRITON and torch.cuda.is_available())
@@ -63,6 +64,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def kernel_device() -> str:
     """The device that kernels run on: the GPU, or the CPU for the interpreter."""
     return "cpu" if _runtime.INTERPRETED else "cuda"
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.needs_kernels)])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both paths, the kernels' where they can run."""
+    with fk.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(path: str) -> str:
+    """The device that the path runs on."""
+    return "cuda" if path == "triton" and not _runtime.INTERPRETED else "cpu"
 
 
 @pytest.fixture

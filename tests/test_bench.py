@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 RUN = ("cross_entropy", "scaled_dot_product_attention")
 SELECTED = (
     "(test_time and ([cross_entropy-rows128-columns256 or rows64-columns64))"
-    " or (test_resources and sm_90 and log_softmax) or (test_adamw and clipped)"
+    " or (test_resources and sm_90 and log_softmax) or (test_adamw and clipped) or test_host_time"
 )
 FIGURES = {
     "kernel",
@@ -74,12 +74,16 @@ def test_the_benches_run_and_say_what_they_timed(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "bench.json").read_text())
     infos = [benchmark["extra_info"] for benchmark in written["benchmarks"]]
     timed = [info for info in infos if info["provider"] != "aot"]
-    assert all(set(info) >= FIGURES and info["ratio"] > 0 and info["seconds"] > 0 for info in timed)
+    hosts = [info for info in timed if info["kernel"] == "adamw.host"]
+    assert {info["path"] for info in hosts} == {"torch", "triton, launches recorded"}
+    assert all(info["ratio"] > 0 and info["seconds"] > 0 for info in timed)
+    assert all(set(info) >= FIGURES for info in timed if info not in hosts)
     for provider in ("fastlm", "eager"):
         found = {info["kernel"] for info in timed if info["provider"] == provider and "adamw" not in info["kernel"]}
         assert found == {f"{name}.{direction}" for name in RUN for direction in DIRECTIONS}
     optimizers = {(info["kernel"], info["provider"]) for info in timed if "adamw" in info["kernel"]}
-    assert optimizers == {("adamw.clipped", provider) for provider in ("fastlm", "fused", "foreach")}
+    providers = ("fastlm", "fused", "foreach")
+    assert optimizers == {(f"adamw.{what}", provider) for what in ("clipped", "host") for provider in providers}
     assert {"sdpa-flash", "sdpa-math"} <= {info["provider"] for info in timed}
     resources = [info for info in infos if info["provider"] == "aot"]
     assert len(resources) == _runtime.HAS_TRITON

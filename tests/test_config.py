@@ -156,6 +156,8 @@ BAD_FLAGS = [
     (["--train.steps", "5", "--train.epochs", "1"], "--train.epochs", "1", "exactly one of --train.steps"),
     (["--optim.warmup_steps", "9", "--train.steps", "9"], "--optim.warmup_steps", "9", "less than --train.steps 9"),
     (["--optim.schedule", "exponential"], "--optim.min_lr_ratio", "0.0", "0.1 for one"),
+    (["--optim.state_bits", "16"], "--optim.state_bits", "16", "choose one of 32, 8"),
+    (["--optim.state_bits", "8", "--optim.name", "sgd"], "--optim.state_bits", "8", "--optim.name sgd knows 32 alone"),
     # what a later version brings
     (["--model.family", "lstm"], "--model.family", "lstm", "later version; use modern or gpt2"),
     (["--train.parallel", "ddp"], "--train.parallel", "ddp", "later version; use auto"),

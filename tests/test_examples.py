@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+import fastlm_kernels as fk
+
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES = ("adamw_plain_loop", "bert_classifier", "gpt2_trainer", "llama_lora", "nanogpt_loop")
+EXAMPLES = ("adamw_hf_trainer", "adamw_plain_loop", "bert_classifier", "gpt2_trainer", "llama_lora", "nanogpt_loop")
 
 
 def run_main(name: str, *arguments: Any, **options: Any) -> Any:
@@ -66,3 +68,17 @@ def test_lora_adapts_a_llama() -> None:
     assert losses[0] == pytest.approx(before, rel=1e-4)  # an adapter starts as nothing
     assert after < 0.6 * before
     assert after < 1.01 * losses[-1]
+
+
+def test_hugging_faces_trainer_learns_with_our_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step = fk.optim.AdamW.step
+
+    def counted(self: fk.optim.AdamW, *args: object) -> object:
+        steps.append(self.options.max_grad_norm)
+        return step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fk.optim.AdamW, "step", counted)
+    losses = run_main("adamw_hf_trainer", 24)
+    assert losses[-1] < 0.7 * losses[0]
+    assert steps == [1.0] * 24

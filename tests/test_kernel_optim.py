@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers import run, set_gradients
 from torch import Tensor
 
 import fastlm_kernels as fk
@@ -43,18 +44,6 @@ def _parameters(matrices_only: bool = False, dtype: torch.dtype = torch.float32)
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def _set_gradients(params: list[Tensor], step: int) -> None:
-    generator = torch.Generator().manual_seed(1000 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
-def _steps(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) -> None:
-    for step in steps:
-        _set_gradients(params, step)
-        optimizer.step()
-
-
 def _assert_same(ours: Any, theirs: Any) -> None:
     """Bitwise equality of nested state: tensors, containers, numbers."""
     if isinstance(theirs, Tensor):
@@ -80,15 +69,15 @@ def test_twenty_steps_equal_torchs_and_state_moves_both_ways(case: str) -> None:
     ours = ours_class(ours_params, **copy.deepcopy(INPUTS[case]))
     theirs = torch_class(torch_params, **copy.deepcopy(INPUTS[case]))
     assert isinstance(ours, torch_class)
-    _steps(ours, ours_params, range(10))
-    _steps(theirs, torch_params, range(10))
+    run(ours, ours_params, range(10))
+    run(theirs, torch_params, range(10))
     _assert_same(ours.state_dict(), theirs.state_dict())
     # Each goes on from the other's state, under a fresh optimizer.
     ours_again, theirs_again = ours_class(ours_params), torch_class(torch_params)
     ours_again.load_state_dict(copy.deepcopy(theirs.state_dict()))
     theirs_again.load_state_dict(copy.deepcopy(ours.state_dict()))
-    _steps(ours_again, ours_params, range(10, 20))
-    _steps(theirs_again, torch_params, range(10, 20))
+    run(ours_again, ours_params, range(10, 20))
+    run(theirs_again, torch_params, range(10, 20))
     for p, q in zip(ours_params, torch_params, strict=True):
         assert torch.equal(p, q)
     _assert_same(ours_again.state_dict(), theirs_again.state_dict())
@@ -110,8 +99,8 @@ def test_clipping_equals_clip_grad_norm_then_step(name: str) -> None:
     params, reference = _parameters(name == "Muon"), _parameters(name == "Muon")
     ours, theirs = _make(name, params, max_grad_norm=0.7), _make(name, reference)
     for step in range(5):
-        _set_gradients(params, step)
-        _set_gradients(reference, step)
+        set_gradients(params, step)
+        set_gradients(reference, step)
         if step == 3:  # a norm below the limit stays as it is
             for p in (*params, *reference):
                 assert p.grad is not None
@@ -131,9 +120,9 @@ def test_one_bad_gradient_leaves_everything_untouched(name: str, clip: float | N
     params, reference = _parameters(name == "Muon"), _parameters(name == "Muon")
     options = {"weight_decay": 0.1, "skip_nonfinite": True, "max_grad_norm": clip}
     ours, theirs = _make(name, params, **options), _make(name, reference, **options)
-    _steps(ours, params, range(3))
-    _steps(theirs, reference, range(3))
-    _set_gradients(params, 99)
+    run(ours, params, range(3))
+    run(theirs, reference, range(3))
+    set_gradients(params, 99)
     gradient = params[1].grad
     assert gradient is not None
     gradient.view(-1)[0] = bad
@@ -144,8 +133,8 @@ def test_one_bad_gradient_leaves_everything_untouched(name: str, clip: float | N
     for p, q in zip(params, reference, strict=True):
         assert torch.equal(p, q)
     _assert_same(ours.state_dict()["state"], theirs.state_dict()["state"])
-    _steps(ours, params, range(3, 6))
-    _steps(theirs, reference, range(3, 6))
+    run(ours, params, range(3, 6))
+    run(theirs, reference, range(3, 6))
     assert int(ours.skipped_steps) == 1
     assert params[1].grad is not gradient
     for p, q in zip(params, reference, strict=True):
@@ -156,7 +145,7 @@ def test_one_bad_gradient_leaves_everything_untouched(name: str, clip: float | N
 def test_zero_grads_keeps_the_tensors(name: str) -> None:
     params = _parameters(name == "Muon")
     optimizer = _make(name, params, zero_grads=True)
-    _set_gradients(params, 0)
+    set_gradients(params, 0)
     gradients = [p.grad for p in params]
     before = [p.detach().clone() for p in params]
     optimizer.step()
@@ -204,7 +193,7 @@ def test_a_copied_optimizer_still_clips(way: Any) -> None:
         ({"max_grad_norm": "1"}, "max_grad_norm: got '1'"),
         ({"max_grad_norm": True}, "max_grad_norm: got True"),
         ({"master_weights": True, "stochastic_rounding": True}, "stochastic_rounding: got True"),
-        ({"state_bits": 8}, "state_bits: got 8"),
+        ({"state_bits": "8"}, "state_bits: got '8'"),
         ({"state_bits": 16}, "state_bits: got 16"),
     ],
     ids=str,
@@ -277,7 +266,7 @@ def test_muon_follows_its_equations_over_steps(nesterov: bool) -> None:
     expected = [p.detach().double() for p in params]
     buffers = [torch.zeros_like(p) for p in expected]
     for step in range(4):
-        _set_gradients(params, step)
+        set_gradients(params, step)
         for i, p in enumerate(params):
             assert p.grad is not None
             gradient = p.grad.double()
@@ -294,8 +283,8 @@ def test_equals_torchs_muon_within_its_bfloat16() -> None:
     params, reference = _parameters(True), _parameters(True)
     ours = fk.optim.MuonWithAdamW([{"params": params, "use_muon": True}], lr=0.02, weight_decay=0.1)
     theirs = torch.optim.Muon(reference, lr=0.02, weight_decay=0.1)
-    _steps(ours, params, range(5))
-    _steps(theirs, reference, range(5))
+    run(ours, params, range(5))
+    run(theirs, reference, range(5))
     for p, q in zip(params, reference, strict=True):
         torch.testing.assert_close(p, q, rtol=0.0, atol=5 * 0.02 * 0.03)
         assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
@@ -306,8 +295,8 @@ def test_its_adamw_is_torchs_fused_one_bit_for_bit() -> None:
     options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     ours = fk.optim.MuonWithAdamW([{"params": params, "use_muon": False, **options}])
     theirs = torch.optim.AdamW(reference, fused=True, **options)
-    _steps(ours, params, range(20))
-    _steps(theirs, reference, range(20))
+    run(ours, params, range(20))
+    run(theirs, reference, range(20))
     for p, q in zip(params, reference, strict=True):
         assert torch.equal(p, q)
     _assert_same(ours.state_dict()["state"], theirs.state_dict()["state"])
@@ -324,7 +313,7 @@ def test_split_blocks_are_matrices_of_their_own(split: Any) -> None:
     whole = merged.detach().clone().requires_grad_()
     unsplit = fk.optim.MuonWithAdamW([{"params": [whole], "use_muon": True}], lr=0.1)
     for step in range(3):
-        _set_gradients([merged], step)
+        set_gradients([merged], step)
         assert merged.grad is not None
         for block, gradient in zip(apart, merged.grad.split(sizes), strict=True):
             block.grad = gradient.clone()
@@ -341,9 +330,9 @@ def test_batching_shapes_does_not_mix_matrices() -> None:
     alone = [p.detach().clone().requires_grad_() for p in params]
     together = fk.optim.MuonWithAdamW([{"params": params, "use_muon": True}])
     apart = [fk.optim.MuonWithAdamW([{"params": [p], "use_muon": True}]) for p in alone]
-    _steps(together, params, range(3))
+    run(together, params, range(3))
     for step in range(3):
-        _set_gradients(alone, step)
+        set_gradients(alone, step)
         for optimizer in apart:
             optimizer.step()
     for p, q in zip(params, alone, strict=True):
@@ -366,11 +355,11 @@ def _model_groups(dtype: torch.dtype = torch.float32) -> tuple[list[dict[str, An
 def test_saving_and_loading_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     groups, params, split = _model_groups(dtype)
     optimizer = fk.optim.MuonWithAdamW(groups, split=split, max_grad_norm=1.0)
-    _steps(optimizer, params, range(5))
+    run(optimizer, params, range(5))
     assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.float32
     file = io.BytesIO()
     torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
-    _steps(optimizer, params, range(5, 10))
+    run(optimizer, params, range(5, 10))
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
@@ -381,7 +370,7 @@ def test_saving_and_loading_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
             p.copy_(value)
     again.load_state_dict(saved["optimizer"])
     assert again.state[params_again[0]]["momentum_buffer"].dtype == torch.float32
-    _steps(again, params_again, range(5, 10))
+    run(again, params_again, range(5, 10))
     for p, q in zip(params, params_again, strict=True):
         assert torch.equal(p, q)
     _assert_same(again.state_dict(), optimizer.state_dict())
@@ -391,13 +380,13 @@ def test_saving_and_loading_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
 def test_a_copied_muon_with_adamw_goes_on_alone(way: Any) -> None:
     groups, params, split = _model_groups()
     optimizer = fk.optim.MuonWithAdamW(groups, split=split, max_grad_norm=1.0)
-    _steps(optimizer, params, range(2))
+    run(optimizer, params, range(2))
     copied = way(optimizer)
     copied_params = [p for group in copied.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in params]
-    _steps(copied, copied_params, range(2, 4))
+    run(copied, copied_params, range(2, 4))
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
-    _steps(optimizer, params, range(2, 4))
+    run(optimizer, params, range(2, 4))
     for p, q in zip(params, copied_params, strict=True):
         assert torch.equal(p, q)
 
@@ -405,13 +394,13 @@ def test_a_copied_muon_with_adamw_goes_on_alone(way: Any) -> None:
 def test_a_loaded_state_is_a_copy() -> None:
     groups, params, split = _model_groups()
     optimizer = fk.optim.MuonWithAdamW(groups, split=split)
-    _steps(optimizer, params, range(2))
+    run(optimizer, params, range(2))
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
     groups_again, params_again, split_again = _model_groups()
     again = fk.optim.MuonWithAdamW(groups_again, split=split_again)
     again.load_state_dict(saved)
-    _steps(again, params_again, range(2))
+    run(again, params_again, range(2))
     _assert_same(saved, before)
 
 
@@ -425,11 +414,11 @@ def test_each_groups_rate_can_be_scheduled(tensor_lr: bool) -> None:
     before = [p.detach().clone() for p in params]
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0.0
-    _steps(optimizer, params, range(1))
+    run(optimizer, params, range(1))
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] + 0.5
-    _steps(optimizer, params, range(1, 2))
+    run(optimizer, params, range(1, 2))
     assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
@@ -449,7 +438,7 @@ def test_gradients_of_another_memory_order_are_read_right() -> None:
     ours = fk.optim.MuonWithAdamW([{"params": params, "use_muon": False}])
     theirs = fk.optim.MuonWithAdamW([{"params": reference, "use_muon": False}])
     for step in range(2):
-        _set_gradients(reference, step)
+        set_gradients(reference, step)
         assert reference[0].grad is not None
         params[0].grad = torch.empty(3, 4).t().copy_(reference[0].grad)
         assert params[0].grad.stride() == (1, 4)

@@ -165,9 +165,21 @@ def test_every_public_function_is_listed_with_its_kernel():
 def test_the_bytes_of_an_update_are_the_reports():
     fp32, bf16 = torch.float32, torch.bfloat16
     clip, both = {"max_grad_norm": 1.0}, {"skip_nonfinite": True, "zero_grads": True}
-    cases = [({}, fp32), (clip, fp32), (both, fp32), ({"master_weights": True}, bf16)]
-    cases += [({"stochastic_rounding": True}, bf16), ({}, bf16)]
-    assert [int(row[1]) for row in table("AdamW")] == [bytes_per_parameter("AdamW", *case) for case in cases]
+    eight, rounding = {"state_bits": 8}, {"stochastic_rounding": True}
+    cases = [({}, fp32), (clip, fp32), (both, fp32), (eight, fp32), ({"master_weights": True}, bf16)]
+    cases += [(rounding, bf16), (rounding | eight, bf16), ({}, bf16)]
+    rows = table("AdamW")
+    assert [int(row[1]) for row in rows] == [bytes_per_parameter("AdamW", *case) for case in cases]
+    assert [int(row[2]) for row in rows] == [state_bytes(*case) for case in cases]
+
+
+def state_bytes(options: dict[str, object], dtype: torch.dtype) -> int:
+    """Whole bytes that AdamW keeps for each element of a large parameter, the step count left out."""
+    p = torch.zeros(64, 128, dtype=dtype, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = fk.optim.AdamW([p], **options)  # type: ignore[arg-type]
+    optimizer.step()
+    return sum(t.numel() * t.element_size() for key, t in optimizer.state[p].items() if key != "step") // p.numel()
 
 
 def test_the_python_example_runs():

@@ -51,6 +51,7 @@ VARIANTS = {
     "modern-dropout-micro": ["--model.dropout", "0.1", "--train.micro_batch_size", "2"],
     "modern-bf16-micro": ["--train.precision", "bf16", "--train.micro_batch_size", "2"],
     "gpt2-adamw": ["--model.family", "gpt2", "--optim.name", "adamw", "--optim.lr", "0.01"],
+    "adamw-8-bits": ["--optim.name", "adamw", "--optim.state_bits", "8", "--optim.lr", "0.01", "--model.n_embd", "32"],
     **{
         name: ["--optim.name", name, "--optim.lr", "0.01"] for name in ("adam", "sgd", "adagrad", "adadelta", "rmsprop")
     },

@@ -56,6 +56,7 @@ SHARED_LIMIT = {
     "gfx942": 64 * _KB,
 }
 _MOST_THREADS = 1024  # of one program
+_STEP_MODULES = ("_eight_bits", "_muon_plan", "_plan", "_symmetric", "_update", "steps")
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
 
 
@@ -264,7 +265,7 @@ def code_lines(source: str) -> list[str]:
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
     modules = {module.__name__ for kernel in KERNELS for module in kernel.modules}
-    modules |= {f"{__package__}.optim.{name}" for name in ("_muon_plan", "_plan", "_symmetric", "_update", "steps")}
+    modules |= {f"{__package__}.optim.{name}" for name in _STEP_MODULES}
     modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_math", "_rows", "_runtime")}
     digest = hashlib.sha256()
     for name in sorted(modules):

@@ -481,8 +481,11 @@ class OptimConfig:
 # the first one: its row of the table, the group's scalars, the step.
 OPTIM_CHUNK = 8192
 _OPTIM_THREADS = 256
-# For every option at once on 16-bit tensors, which else spill on sm_80; asked for elsewhere, it costs resident warps.
+# For every option at once on 16-bit tensors or with stochastic rounding, which else spill on sm_80 and sm_90; asked for
+# elsewhere, it costs resident warps.
 OPTIM_REGISTERS = 168
+# With states of 8 bits the assembler takes up to 180 where 80 do, which hold three programs instead of one or two.
+OPTIM_EIGHT_BITS_REGISTERS = 96
 
 
 def optim_config(architecture: str, *itemsizes: int) -> OptimConfig:

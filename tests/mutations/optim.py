@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mutations.mutation import Mutation
 
+EIGHT = "test_eight_bits.py::"
+EVERY_OPTION = "{'max_grad_norm': 1.0, 'skip_nonfinite': True, 'zero_grads': True}"
 STEPS = "test_fused_optim.py::test_twenty_steps_are_as_accurate_as_torchs[{}]"
 
 MUTATIONS = (
@@ -81,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "every tensor starts at the first chunk",
         "optim/_update.py",
-        "begin = (tl.program_id(0) - tl.load(row + 7)) * CHUNK\n    left = tl.minimum(size",
+        "begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK\n    left = tl.minimum(size",
         "begin = tl.program_id(0) * CHUNK\n    left = tl.minimum(size",
         STEPS.format("AdamW-default"),
     ),
@@ -128,6 +130,13 @@ MUTATIONS = (
         "test_fused_optim.py::test_clipping_equals_clip_grad_norm_then_step[triton-SGD]",
     ),
     Mutation(
+        "the norm takes the first chunk for all",
+        "optim/_update.py",
+        "begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK\n    left = tl.minimum(tl.load",
+        "begin = 0 * tl.load(row + 9)\n    left = tl.minimum(tl.load",
+        "test_fused_optim.py::test_clipping_equals_clip_grad_norm_then_step[triton-SGD]",
+    ),
+    Mutation(
         "small gradients are scaled up",
         "optim/_update.py",
         "tl.where(ratio > 1.0, 1.0, ratio)",
@@ -158,51 +167,58 @@ MUTATIONS = (
     Mutation(
         "rounding by half the noise",
         "optim/_update.py",
-        "_mixed(upper ^ key)) & 0xFFFF",
-        "_mixed(upper ^ key)) & 0x7FFF",
-        "test_fused_optim.py::test_small_updates_of_bf16_count_on_average[triton]",
+        "(noise & 0xFFFF)) >> 16",
+        "(noise & 0x7FFF)) >> 16",
+        "test_wide_optim.py::test_small_updates_of_bf16_count_on_average[triton]",
     ),
     Mutation(
         "every step rounds alike",
         "optim/_update.py",
         "_mixed(t.to(tl.uint32))))",
         "_mixed(0 * t.to(tl.uint32))))",
-        "test_fused_optim.py::test_small_updates_of_bf16_count_on_average[triton]",
+        "test_wide_optim.py::test_small_updates_of_bf16_count_on_average[triton]",
     ),
     Mutation(
         "Muon's scale forgotten",
         "optim/_update.py",
         "        rate = lr * extra\n",
         "        rate = lr\n",
-        "test_fused_optim.py::test_muon_with_adamw_follows_the_torch_path[plain]",
+        "test_muon.py::test_muon_with_adamw_follows_the_torch_path[plain]",
     ),
     Mutation(
         "Muon's result is clipped again",
         "optim/_update.py",
         '        if RULE != "apply":\n',
         "        if RULE:\n",
-        "test_fused_optim.py::test_muon_with_adamw_follows_the_torch_path[max_grad_norm-zero_grads]",
+        "test_muon.py::test_muon_with_adamw_follows_the_torch_path[max_grad_norm-zero_grads]",
     ),
     Mutation(
         "the triangle is not mirrored",
         "optim/_symmetric.py",
         "    if i != j:\n",
         "    if i < j:\n",
-        "test_fused_optim.py::test_symmetric_products[torch.float32-(1, 33, 70)-False]",
+        "test_muon.py::test_symmetric_products[torch.float32-(1, 33, 70)-False]",
     ),
     Mutation(
         "the last columns are summed unmasked",
         "optim/_symmetric.py",
         "(start + ks < K)[None, :]",
         "(start + ks < K + BLOCK_K)[None, :]",
-        "test_fused_optim.py::test_symmetric_products[torch.float32-(2, 5, 7)-False]",
+        "test_muon.py::test_symmetric_products[torch.float32-(2, 5, 7)-False]",
     ),
     Mutation(
         "the added matrix unscaled",
         "optim/_symmetric.py",
         "total += beta * tl.load",
         "total += tl.load",
-        "test_fused_optim.py::test_symmetric_products[torch.float32-(2, 5, 7)-True]",
+        "test_muon.py::test_symmetric_products[torch.float32-(2, 5, 7)-True]",
+    ),
+    Mutation(
+        "what is cut is orthogonalised ungathered",
+        "optim/_muon_plan.py",
+        "        self._gather()\n",
+        "",
+        "test_optim_distributed.py::test_16_bit_matrices_that_are_cut_step_as_whole_ones[master_weights]",
     ),
     Mutation(
         "new gradients, old addresses",
@@ -216,7 +232,7 @@ MUTATIONS = (
         "optim/_plan.py",
         "            self._captured.append(self._spare)\n            self._spare = None\n",
         "            self._captured.append(self._spare)\n",
-        "test_fused_optim.py::test_what_a_captured_step_reads_is_written_by_nobody_else",
+        "test_optim_launches.py::test_what_a_captured_step_reads_is_written_by_nobody_else",
     ),
     Mutation(
         "a replaced state goes unnoticed",
@@ -237,7 +253,63 @@ MUTATIONS = (
         "optim/_options.py",
         "            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:",
         "            if not isinstance(value, Tensor):",
-        "test_fused_optim.py::test_wide_updates_save_load_and_go_on_bit_for_bit[triton-AdamW-master_weights]",
+        "test_wide_optim.py::test_wide_updates_save_load_and_go_on_bit_for_bit[triton-AdamW-master_weights]",
+    ),
+    Mutation(
+        "8-bit averages without their sign",
+        "optim/_eight_bits.py",
+        "        bits |= (code & 0x80) << 24\n",
+        "        bits |= (code & 0x80) << 23\n",
+        EIGHT + "test_the_update_is_that_of_float64_on_the_stored_states[triton-AdamW]",
+    ),
+    Mutation(
+        "8-bit blocks an octave too high",
+        "optim/_eight_bits.py",
+        "low = tl.maximum(top - (OCTAVES - 1), 1)",
+        "low = tl.maximum(top - OCTAVES, 1)",
+        EIGHT + "test_the_update_is_that_of_float64_on_the_stored_states[triton-Adam]",
+    ),
+    Mutation(
+        "a small v becomes 0",
+        "optim/_eight_bits.py",
+        "        up = x > 0.0\n",
+        "        up = x > least\n",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "8-bit averages rounded to the nearest",
+        "optim/_eight_bits.py",
+        "    noise = noise.to(tl.int32) * 16 + 8\n",
+        "    noise = noise.to(tl.int32) * 0 + (1 << 19)\n",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "v drawn with m's noise",
+        "optim/_update.py",
+        "s1, noise >> 16, low_mask",
+        "s1, noise & 0xFFFF, low_mask",
+        EIGHT + "test_both_paths_store_the_same_codes[torch.float32-" + EVERY_OPTION + "]",
+    ),
+    Mutation(
+        "exponents past the last block",
+        "optim/_update.py",
+        "low_mask = blocks * STATE_BLOCK < left\n",
+        "low_mask = blocks * STATE_BLOCK < left + STATE_BLOCK\n",
+        EIGHT + "test_tails_and_unaligned_tensors_and_nothing_beside_the_states",
+    ),
+    Mutation(
+        "every chunk takes the first blocks' exponents",
+        "optim/_update.py",
+        "first = begin // STATE_BLOCK + blocks",
+        "first = blocks",
+        EIGHT + "test_tails_and_unaligned_tensors_and_nothing_beside_the_states",
+    ),
+    Mutation(
+        "loading rounds nothing to 8 bits",
+        "optim/_options.py",
+        "                _eight_bits.narrow(optimizer.state.get(p, {}), p)\n",
+        "                pass\n",
+        EIGHT + "test_states_move_from_torch_to_8_bits_and_back[triton]",
     ),
     Mutation(
         "num_items hides a bad reduction",

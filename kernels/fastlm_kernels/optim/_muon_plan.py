@@ -5,11 +5,14 @@
     O          newton_schulz(U), in bf16 on a GPU
     apply      p -= lr decay p + lr scale(shape) O; masters and stochastic rounding happen here
 
-A parameter that is split counts as its row blocks, each with a row of its own in both tables.
+A parameter that is split counts as its row blocks, each with a row of its own in both tables. Under FSDP2 a process
+holds some rows of each parameter: both launches work on the pieces of blocks that lie here, and between them U, in
+the dtype that Newton-Schulz runs in, is gathered, since orthogonal are whole blocks: every process forms them all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ._newton_schulz import NS_COEFFICIENTS, NS_EPS, newton_schulz
 from ._plan import MASTER, SEED, STEP, Bundle, Form, Group, Member, Rule, Sent, capturing_graph
+from ._sharded import cut_by_rows, is_sharded, like_shards_of, local, rows_here, whole
 
 _MOMENTUM = Rule(
     "momentum",
@@ -47,12 +51,29 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [start, start + recipe.rows) of parameter number `param`."""
+    """Rows [start, start + recipe.rows) of parameter number `param`, number `place` of its batch."""
 
     param: int
     start: int
     group: int  # of the plan's own groups: a group of the optimizer and a shape
     recipe: Recipe
+    place: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The `rows` rows of a block that lie here: from row `here` of this process's part, row `offset` of the block."""
+
+    block: Block
+    here: int
+    offset: int
+    rows: int
+
+
+def pieces_of(block: Block, first: int, count: int) -> list[Piece]:
+    """The block's piece among the `count` rows from `first` on, or none."""
+    begin, end = max(block.start, first), min(block.start + block.recipe.rows, first + count)
+    return [Piece(block, begin - first, begin - block.start, end - begin)] if begin < end else []
 
 
 def recipe_of(group: Group, rows: int, columns: int) -> Recipe:
@@ -95,20 +116,22 @@ class MuonPlan:
         self.dtypes = [grad.dtype for grad in grads]
         self.shapes: list[tuple[int, int, int]] = []
         self.blocks = self._cut(groups, splits)
-        self.counts = [sum(block.param == i for block in self.blocks) for i in range(len(params))]
+        self.pieces = self._pieces()
         self.records = [
-            self._state(optimizer.state[p], p, momentum_dtype or grad.dtype, count)
-            for p, grad, count in zip(params, grads, self.counts, strict=True)
+            self._state(optimizer.state[p], p, momentum_dtype or grad.dtype, self._count(i))
+            for i, (p, grad) in enumerate(zip(params, grads, strict=True))
         ]
         self.addresses = self._addresses()
         own = self._groups(groups)
+        self._make_updates()
         members = self._members()
         self.momentum = _bundles(_MOMENTUM, members[0], own)
         self.apply = _bundles(_APPLY, members[1], own)
         self.bundles = [bundle for bundle, _ in self.momentum]
 
     def _cut(self, groups: list[Group], splits: dict[Tensor, list[int]]) -> list[Block]:
-        blocks = []
+        blocks: list[Block] = []
+        places: Counter[Recipe] = Counter()
         for i, (p, number) in enumerate(zip(self.params, self.numbers, strict=True)):
             start = 0
             for rows in splits.get(p, [p.shape[0]]):
@@ -116,64 +139,83 @@ class MuonPlan:
                 if key not in self.shapes:
                     self.shapes.append(key)
                 recipe = recipe_of(groups[number], rows, p.shape[1])
-                blocks.append(Block(i, start, self.shapes.index(key), recipe))
+                blocks.append(Block(i, start, self.shapes.index(key), recipe, places[recipe]))
+                places[recipe] += 1
                 start += rows
         return blocks
 
-    def _state(self, state: dict[str, Any], p: Tensor, dtype: torch.dtype, blocks: int) -> dict[str, Tensor]:
+    def _pieces(self) -> list[Piece]:
+        """What of the blocks lies here; of a parameter of which nothing does, an empty piece."""
+        pieces: list[Piece] = []
+        for i, p in enumerate(self.params):
+            mine = [block for block in self.blocks if block.param == i]
+            found = [piece for block in mine for piece in pieces_of(block, *rows_here(p))]
+            pieces += found or [Piece(mine[0], 0, 0, 0)]
+        return pieces
+
+    def _count(self, param: int) -> int:
+        return sum(piece.block.param == param for piece in self.pieces)
+
+    def _state(self, state: dict[str, Any], p: Tensor, dtype: torch.dtype, pieces: int) -> dict[str, Tensor]:
         """The tensors of a parameter's state that the launches use, made where they are missing."""
         has_master = self.options.master_weights and p.dtype != torch.float32
         if capturing_graph(p.device) and ("momentum_buffer" not in state or (has_master and MASTER not in state)):
             raise RuntimeError("the optimizer's state is made in its first step: run one before capturing a graph")
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
-        record = {"momentum_buffer": state["momentum_buffer"]}
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         if has_master:
             state.setdefault(MASTER, p.detach().to(torch.float32, copy=True))
-            record[MASTER] = state[MASTER] = state[MASTER].contiguous()
+        record = {}
+        for key in ("momentum_buffer", MASTER) if has_master else ("momentum_buffer",):
+            if not is_sharded(p):
+                state[key] = state[key].contiguous()
+            record[key] = state[key]
         if self.options.stochastic_rounding:
             count = state.get(STEP, torch.zeros((), device=p.device)).to(torch.float32)
-            # One count a block: each has its own row in the table, and advances its own.
-            state[STEP] = count if count.numel() == blocks and count.dim() else count.expand(blocks).clone()
+            # One count a piece: each has its own row in the table, and advances its own.
+            fits = count.dim() == 1 and count.numel() == pieces
+            state[STEP] = count if fits else count.reshape(-1)[:1].expand(pieces).clone()
             record[STEP] = state[STEP]
         return record
 
-    def _members(self) -> tuple[list[tuple[int, Form, Member]], list[tuple[int, Form, Member]]]:
-        """Each block's rows of the two tables, and what decides its launch; its update has a place in a batch."""
-        batches: dict[Recipe, int] = {}
-        places = []
-        for block in self.blocks:
-            places.append(batches.get(block.recipe, 0))
-            batches[block.recipe] = places[-1] + 1
+    def _make_updates(self) -> None:
+        """Room for U: one batch a recipe, and where parameters are cut the rows here, to be gathered into it."""
         device = self.params[0].device
         dtype = working_dtype(device)
+        counts = Counter(block.recipe for block in self.blocks)
         self.updates = {
             recipe: torch.empty((count, recipe.rows, recipe.columns), dtype=dtype, device=device)
-            for recipe, count in batches.items()
+            for recipe, count in counts.items()
         }
-        self.places = places
-        momentum, apply, seen = [], [], [0] * len(self.params)
-        for number, (block, place) in enumerate(zip(self.blocks, places, strict=True)):
-            record, p = self.records[block.param], self.params[block.param].detach()
-            rows = slice(block.start, block.start + block.recipe.rows)
-            m = record["momentum_buffer"][rows]
-            update = self.updates[block.recipe][place]
-            nesterov = self.forms[self.numbers[block.param]][0]
-            form = Form(nesterov, dtype, self.dtypes[block.param], (m.dtype, None, None), None, False)
+        self.parts = [
+            torch.empty(local(p).shape, dtype=dtype, device=device) if is_sharded(p) else None for p in self.params
+        ]
+
+    def _members(self) -> tuple[list[tuple[int, Form, Member]], list[tuple[int, Form, Member]]]:
+        """Each piece's rows of the two tables, and what decides its launch."""
+        momentum, apply = [], []
+        seen: Counter[int] = Counter()
+        for number, piece in enumerate(self.pieces):
+            block, i = piece.block, piece.block.param
+            record, p, part = self.records[i], local(self.params[i]).detach(), self.parts[i]
+            rows = slice(piece.here, piece.here + piece.rows)
+            m = local(record["momentum_buffer"])[rows]
+            update = self.updates[block.recipe][block.place] if part is None else part[rows]
+            nesterov = self.forms[self.numbers[i]][0]
+            form = Form(nesterov, update.dtype, self.dtypes[i], (m.dtype, None, None), None, False)
             momentum.append((number, form, Member(block.group, number, (update, m, None, None, None, None), ())))
-            master = record[MASTER][rows] if MASTER in record else None
-            step = record[STEP][seen[block.param]] if STEP in record else None
-            seen[block.param] += 1
+            master = local(record[MASTER])[rows] if MASTER in record else None
+            step = record[STEP][seen[i]] if STEP in record else None
+            seen[i] += 1
             master_dtype = None if master is None else master.dtype
-            form = Form(False, p.dtype, dtype, (None, None, None), master_dtype, step is not None)
+            form = Form(False, p.dtype, update.dtype, (None, None, None), master_dtype, step is not None)
             member = Member(block.group, number, (p[rows], None, None, None, master, step), ())
             apply.append((number, form, member))
         return momentum, apply
 
     def _addresses(self) -> list[int]:
-        found = [p.data_ptr() for p in self.params]
-        return found + [t.data_ptr() for record in self.records for t in record.values()]
+        found = [local(p).data_ptr() for p in self.params]
+        return found + [local(t).data_ptr() for record in self.records for t in record.values()]
 
     def fits(self, params: list[Tensor], grads: list[Tensor], groups: list[Group], states: Any) -> bool:
         """Whether the plan still describes these parameters, their states and their options."""
@@ -199,9 +241,9 @@ class MuonPlan:
         """What the momentum's bundles read, and the gradients as they lie there: contiguous."""
         placed = [grad.contiguous() for grad in grads]
         addresses = []
-        for block in self.blocks:
-            grad = placed[block.param]
-            addresses.append(grad.data_ptr() + block.start * block.recipe.columns * grad.element_size())
+        for piece in self.pieces:
+            grad = placed[piece.block.param]
+            addresses.append(grad.data_ptr() + piece.here * piece.block.recipe.columns * grad.element_size())
         own = self._groups(groups)
         return [bundle.send([addresses[i] for i in chosen], own) for bundle, chosen in self.momentum], placed
 
@@ -221,18 +263,31 @@ class MuonPlan:
             for copy, grad in zip(placed, grads, strict=True):
                 if copy is not grad:
                     grad.zero_()
+        self._gather()
         results = {
             recipe: newton_schulz(batch, recipe.steps, recipe.coefficients, recipe.eps)
             for recipe, batch in self.updates.items()
         }
         addresses = []
-        for block, place in zip(self.blocks, self.places, strict=True):
-            result = results[block.recipe]
-            addresses.append(result.data_ptr() + place * result.stride(0) * result.element_size())
+        for piece in self.pieces:
+            result = results[piece.block.recipe]
+            at = piece.block.place * result.stride(0) + piece.offset * result.stride(1)
+            addresses.append(result.data_ptr() + at * result.element_size())
         own = self._groups(groups)
         for bundle, chosen in self.apply:
             mine = bundle.send([addresses[i] for i in chosen], own)
             bundle.launch_update(mine, control, stochastic=options.stochastic_rounding)
+
+    def _gather(self) -> None:
+        """Whole blocks of U, where processes hold some rows each; every process must call it."""
+        for i, (p, part) in enumerate(zip(self.params, self.parts, strict=True)):
+            if part is None:
+                continue
+            gathered = whole(like_shards_of(p, part))
+            for block in self.blocks:
+                if block.param == i:
+                    rows = gathered[block.start : block.start + block.recipe.rows]
+                    self.updates[block.recipe][block.place].copy_(rows)
 
 
 def _form(group: Group) -> tuple[Any, ...]:
@@ -253,4 +308,4 @@ def _bundles(rule: Rule, rows: list[tuple[int, Form, Member]], groups: list[Grou
 
 def usable(params: list[Tensor]) -> bool:
     """Whether the rows of all matrices lie one after another, so that blocks of rows are pieces of memory."""
-    return all(p.is_contiguous() and p.numel() > 0 for p in params)
+    return all(p.numel() > 0 and cut_by_rows(p) and local(p).is_contiguous() for p in params)

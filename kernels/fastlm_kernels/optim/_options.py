@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import _runtime
+from . import _eight_bits
 from ._plan import KERNEL_DTYPES, MASTER, SEED, STEP, Control, Plan, Rule, capturing_graph, dense, make_member
 from ._rounding import round_stochastically
-from ._sharded import cut_alike, local, shard_group
+from ._sharded import cut_alike, is_sharded, local, shard_group
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,11 @@ class StepOptions:
         if limit is not None and not (number and 0 < limit < math.inf):
             raise ValueError(f"max_grad_norm: got {limit!r}; give a finite number above 0, or None for no clipping")
         if self.state_bits not in (8, 32):
-            raise ValueError(f"state_bits: got {self.state_bits!r}; give 32, the only width there is so far")
+            raise ValueError(f"state_bits: got {self.state_bits!r}; give 32, or 8 for AdamW and Adam")
         if self.master_weights and self.stochastic_rounding:
             raise ValueError(
                 "stochastic_rounding: got True beside master_weights=True; leave one out, masters lose no update"
             )
-        if self.state_bits == 8:
-            raise ValueError("state_bits: got 8; there is no 8-bit state yet, leave it at 32")
 
     @property
     def needs_norm(self) -> bool:
@@ -59,8 +58,13 @@ class StepOptions:
 
     @property
     def wide(self) -> bool:
-        """Whether 16-bit parameters are updated in fp32, with fp32 states."""
-        return self.master_weights or self.stochastic_rounding
+        """Whether 16-bit parameters are updated in fp32, with fp32 states, or with states of 8 bits."""
+        return self.master_weights or self.draws
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is rounded at random."""
+        return self.stochastic_rounding or self.state_bits == 8
 
 
 def gradients(param_groups: Iterable[dict[str, Any]]) -> list[Tensor]:
@@ -108,6 +112,9 @@ class WithOptions:
         options = StepOptions(
             max_grad_norm, skip_nonfinite, master_weights, stochastic_rounding, zero_grads, state_bits
         )
+        if state_bits == 8 and (self.rule is None or self.rule.name != "adam"):
+            name = type(self).__name__
+            raise ValueError(f"state_bits: got 8 for {name}; AdamW and Adam have states of 8 bits, leave it at 32")
         self._install(options, torch.zeros((), dtype=torch.int64))
         super().__init__(*args, **kwargs)
         if options.wide:
@@ -132,7 +139,7 @@ class WithOptions:
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
         super().add_param_group(param_group)  # type: ignore[misc]
-        check_rounding(self.options, self.param_groups[-1])  # type: ignore[attr-defined]
+        check_group(self, self.param_groups[-1])  # type: ignore[attr-defined]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -159,16 +166,28 @@ class WithOptions:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state keeps the dtype it was saved in (torch casts it to the parameter's)."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
-        keep_dtypes(self, state_dict)
+        finish_loading(self, state_dict)
 
 
-def check_rounding(options: StepOptions, group: dict[str, Any]) -> None:
-    """ValueError for a parameter that stochastic rounding does not know."""
+def check_group(optimizer: Any, group: dict[str, Any]) -> None:
+    """ValueError for what our keywords do not know: a parameter, or a class's own option beside them."""
+    options: StepOptions = optimizer.options
     for p in group["params"] if options.stochastic_rounding else ():
         if p.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"stochastic_rounding: got a {p.dtype} parameter of shape {tuple(p.shape)}; give bfloat16 parameters "
                 "(float32 ones lose nothing and stay as they are), or use master_weights"
+            )
+    if options.state_bits != 8:
+        return
+    for option in ("amsgrad", "differentiable"):
+        if group.get(option):
+            raise ValueError(f"{option}: got True beside state_bits=8; leave one out")
+    for p in group["params"]:
+        if is_sharded(p):
+            raise ValueError(
+                f"state_bits: got 8 for a sharded parameter of shape {tuple(p.shape)}; use state_bits=32 under FSDP2, "
+                "which shares the states out already, or DDP"
             )
 
 
@@ -182,14 +201,26 @@ def _disabled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return sys.modules["torch._dynamo"].disable(fn)
 
 
-def keep_dtypes(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Copies of the saved states in place of torch's, which it has cast to the parameters' dtype."""
+def finish_loading(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Copies of the saved states in place of torch's, which it has cast to the parameters' dtype; then their width."""
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for saved_id, p in zip(saved_ids, params, strict=True):
         for key, value in state_dict["state"].get(saved_id, {}).items():
             if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:
                 optimizer.state[p][key] = value.detach().to(p.device, copy=True)
+    for group in optimizer.param_groups:
+        check_group(optimizer, group)
+        for p in group["params"]:
+            if _narrows(optimizer, group, p):
+                _eight_bits.narrow(optimizer.state.get(p, {}), p)
+            else:
+                _eight_bits.widen(optimizer.state.get(p, {}), torch.float32 if optimizer.options.wide else p.dtype)
+
+
+def _narrows(optimizer: Any, group: dict[str, Any], p: Tensor) -> bool:
+    """Whether p's averages are kept in 8 bits."""
+    return optimizer.options.state_bits == 8 and not group.get("use_muon") and _eight_bits.covers(p)
 
 
 def _widen(optimizer: Any) -> None:
@@ -302,7 +333,7 @@ def _step_fused(optimizer: Any) -> bool:
 def make_plan(optimizer: Any, rule: Rule, params: list[Tensor], grads: list[Tensor], numbers: list[int]) -> Plan:
     """A plan for these parameters of the optimizer; states that are missing are made."""
     options, groups = optimizer.options, optimizer.param_groups
-    if options.stochastic_rounding:
+    if options.draws:
         for group in groups:
             group.setdefault(SEED, 0)
     places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
@@ -328,7 +359,7 @@ def _step_torch(optimizer: Any) -> None:
         elif options.max_grad_norm is not None:
             clip_in_place(grads, norm, options.max_grad_norm)
     if not skip:
-        with in_fp32(optimizer):
+        with in_32_bits(optimizer), in_fp32(optimizer):
             _unhooked_step(optimizer)
     if options.zero_grads:
         fill_with_zeros(grads)
@@ -353,6 +384,25 @@ def unscale(optimizer: Any, grads: list[Tensor]) -> bool:
         optimizer.grad_scale = None
     optimizer.found_inf = None
     return found_inf is not None and bool(found_inf)
+
+
+@contextlib.contextmanager
+def in_32_bits(optimizer: Any) -> Iterator[None]:
+    """Averages kept in 8 bits are torch's own fp32 ones inside, and rounded after."""
+    places = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    narrowed = [
+        (i, group, p) for i, (group, p) in enumerate(places) if p.grad is not None and _narrows(optimizer, group, p)
+    ]
+    for _, _, p in narrowed:
+        _eight_bits.widen(optimizer.state.get(p, {}))
+    try:
+        yield
+    finally:
+        for index, group, p in narrowed:
+            state = optimizer.state.get(p, {})
+            if state:
+                step = torch.as_tensor(state["step"])
+                _eight_bits.narrow(state, p, _eight_bits.noise_of(p, group.setdefault(SEED, 0), index, step))
 
 
 @contextlib.contextmanager
@@ -394,6 +444,9 @@ def _swap_out(optimizer: Any, group: dict[str, Any], p: Tensor, copy: Tensor) ->
         state[MASTER] = copy
         p.copy_(copy)
         return
+    if not optimizer.options.stochastic_rounding:
+        p.copy_(copy)
+        return
     places = [q for g in optimizer.param_groups for q in g["params"]]
     index = next(i for i, q in enumerate(places) if q is p)
     key = "step" if "step" in state else STEP
@@ -401,4 +454,4 @@ def _swap_out(optimizer: Any, group: dict[str, Any], p: Tensor, copy: Tensor) ->
         state[STEP] = state.get(STEP, torch.zeros((), device=p.device)) + 1
     # Muon's kernel keeps one count a block
     step = torch.as_tensor(state[key]).reshape(-1)[0]
-    p.copy_(round_stochastically(copy, group.setdefault(SEED, 0), index, step))
+    local(p).copy_(round_stochastically(local(copy), group.setdefault(SEED, 0), index, step))

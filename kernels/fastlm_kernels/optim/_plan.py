@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import _runtime, configs
 from .._runtime import launch, tl
+from . import _eight_bits
 from ._rounding import seed_of
 from ._sharded import is_sharded, local, sum_over
-from ._update import FIELDS, SCALARS, control_kernel, norm_partial_kernel, update_kernel
+from ._update import ADDRESSES, FIELDS, SCALARS, control_kernel, norm_partial_kernel, update_kernel
 
 MASTER = "fastlm/master"
 SEED = "fastlm/seed"
@@ -63,7 +64,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter: its group's number and its tensors (parameter, three states, master, step; None: has none).
+    """One parameter: its group's number and its tensors, those of ADDRESSES in that order (None: has none).
 
     kept  the same as the optimizer holds them: under FSDP2 `tensors` are this process's parts
     """
@@ -202,6 +203,7 @@ class Bundle:
         rows, first = [], 0
         for member, count in zip(self.members, counts, strict=True):
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in member.tensors]
+            addresses += [0] * (len(ADDRESSES) - len(addresses))
             seed = seed_of(groups[member.group].get(SEED, 0), member.index)
             rows.append([*addresses, member.param.numel(), first, seed, self.groups.index(member.group)])
             first += count
@@ -273,10 +275,16 @@ class Bundle:
         buffer, scalars = sent
         form = self.form
         dtypes = (form.param, form.grad, *form.states, form.master)
-        sizes = [dtype.itemsize for dtype in dtypes if dtype is not None]
+        # 8-bit states are worked on in fp32: tiles for 16 bits would take twice the registers, and spill.
+        narrow = form.states[0] == torch.uint8
+        sizes = [4 if narrow else dtype.itemsize for dtype in dtypes if dtype is not None]
         architecture = _runtime.architecture(self.device)
         config = configs.optim_config(architecture, *sizes)
-        every_option = control is not None and zero and max(sizes) == 2
+        registers = configs.registers_asked_for(architecture)
+        if narrow:
+            registers = configs.OPTIM_EIGHT_BITS_REGISTERS
+        elif control is not None and zero and (stochastic or max(sizes) == 2):
+            registers = configs.OPTIM_REGISTERS
         launch(
             update_kernel,
             (self.chunks,),
@@ -285,7 +293,7 @@ class Bundle:
                 *(self.tickets, len(self.members)),
             ),
             num_warps=config.num_warps,
-            max_registers=configs.OPTIM_REGISTERS if every_option else configs.registers_asked_for(architecture),
+            max_registers=registers,
             RULE=self.rule.name,
             SWITCH=form.switch,
             PARAM=_triton_dtype(form.param),
@@ -298,6 +306,7 @@ class Bundle:
             CONTROLLED=control is not None,
             STOCHASTIC=stochastic and form.param == torch.bfloat16,
             ZERO_GRADS=zero,
+            STATE_BLOCK=_eight_bits.BLOCK,
             FIELDS=len(FIELDS),
             SCALAR_FIELDS=len(SCALARS),
             CHUNK=config.chunk,
@@ -449,8 +458,11 @@ def make_member(
     With wide options states are fp32 whatever the parameter's dtype; a 16-bit parameter may have an fp32 master.
     """
     keys, step = rule.states(group), rule.step(group)
+    lows: tuple[str | None, ...] = (None, None)
     if step is None and options.stochastic_rounding:
         step = STEP
+    if options.state_bits == 8 and _eight_bits.covers(param):
+        keys, lows = (*_eight_bits.CODES, None), _eight_bits.LOWS
     missing = [key for key in keys if key is not None and state.get(key) is None]
     has_master = options.master_weights and param.dtype != torch.float32
     if (missing or (has_master and MASTER not in state)) and capturing_graph(param.device):
@@ -460,15 +472,19 @@ def make_member(
         began = 0.0 if missing or step == "step" or not any(keys) else 1.0
         count = torch.as_tensor(state.get(step, began))
         state[step] = count.to(param.device, torch.float32)
-    for key in missing:
-        dtype = torch.float32 if options.wide else param.dtype
-        state[key] = torch.full_like(param, rule.initial(group), dtype=dtype, requires_grad=False)
+    if any(lows):
+        _eight_bits.prepare(state, param)
+    else:
+        for key in missing:
+            dtype = torch.float32 if options.wide else param.dtype
+            state[key] = torch.full_like(param, rule.initial(group), dtype=dtype, requires_grad=False)
     if has_master and MASTER not in state:
         state[MASTER] = param.detach().to(torch.float32, copy=True)
     named = (*keys, MASTER if has_master else None)
     for key in named:
         if key is not None and not is_sharded(param):
             state[key] = laid_out_as(param, state[key])
-    kept = (param, *(None if key is None else state[key] for key in (*named, step)))
+    named = (*named, step, *lows)
+    kept = (param, *(None if key is None else state[key] for key in named))
     tensors = tuple(None if tensor is None else local(tensor) for tensor in kept)
-    return Member(number, index, tensors, (None, *named, step), kept)
+    return Member(number, index, tensors, (None, *named), kept)

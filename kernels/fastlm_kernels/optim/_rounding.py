@@ -30,13 +30,19 @@ def _times(bits: Tensor, factor: int) -> Tensor:
     return (bits * (factor & 0xFFFF) + ((bits * (factor >> 16) & 0xFFFF) << 16)) & _WORD
 
 
+def hashed(count: int, seed: int, index: int, step: Tensor, device: torch.device, salt: int = 0) -> Tensor:
+    """32 random bits for each of `count` elements of parameter number `index` in step `step`, int64."""
+    element = torch.arange(count, device=device)
+    word = torch.tensor(seed_of(seed, index), device=device)
+    key = _mixed((word & _WORD) ^ _mixed((word >> 32 & _WORD) ^ _mixed(step.to(device).long() & _WORD)))
+    bits = _mixed((element & _WORD) ^ _mixed((element >> 32) ^ key))
+    return _mixed(bits ^ salt) if salt else bits
+
+
 def round_stochastically(x: Tensor, seed: int, index: int, step: Tensor) -> Tensor:
     """Dense fp32 `x` as bf16, for parameter number `index` in step `step` (from 1 on)."""
     flat = x.detach().as_strided((x.numel(),), (1,))
-    element = torch.arange(x.numel(), device=x.device)
-    word = torch.tensor(seed_of(seed, index), device=x.device)
-    key = _mixed((word & _WORD) ^ _mixed((word >> 32 & _WORD) ^ _mixed(step.to(x.device).long() & _WORD)))
-    noise = _mixed((element & _WORD) ^ _mixed((element >> 32) ^ key)) & 0xFFFF
+    noise = hashed(x.numel(), seed, index, step, x.device) & 0xFFFF
     bits = flat.view(torch.int32).long() & _WORD
     up = torch.where(flat == flat, bits + noise, bits | 0x400000) >> 16
     rounded = torch.where(up >= 2**15, up - 2**16, up).to(torch.int16).view(torch.bfloat16)

@@ -52,6 +52,20 @@ def cut_alike(params: list[Any]) -> bool:
     return all(param.device_mesh == mesh and param.placements[0].is_shard() for param in params)
 
 
+def rows_here(param: Any) -> tuple[int, int]:
+    """(first row, number of rows) of the matrix `param` that lie in this process; all of one that is not cut."""
+    if not is_sharded(param):
+        return 0, param.shape[0]
+    mesh, rows = param.device_mesh, param.shape[0]
+    first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    return first, local(param).shape[0]
+
+
+def cut_by_rows(param: Any) -> bool:
+    """Whether `param`, if it is cut at all, is cut between rows."""
+    return not is_sharded(param) or param.placements[0].is_shard(0)
+
+
 def shard_group(param: Any) -> Any:
     """The processes over which `param` is cut; None if it is not."""
     return param.device_mesh.get_group() if is_sharded(param) else None

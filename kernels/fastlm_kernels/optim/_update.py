@@ -14,8 +14,9 @@ With g the gradient (negated for maximize, scaled by the clipping factor), p the
     apply   p -= lr decay p + lr scale g         Muon's two halves: its g is the orthogonalised p of the momentum
 
 Memory traffic per parameter, s bytes for parameter and gradient, 4 for each fp32 state: AdamW reads p, g, m, v and
-writes p, m, v, 3 s + 16: 28 in fp32. Beside it: the norm for clipping or the guard reads g once more, + s; zeroing
-gradients writes them, + s; 16-bit parameters with fp32 masters read the master in p's stead and write both, 2 s + 24.
+writes p, m, v, 3 s + 16: 28 in fp32, 16 with m and v in 8 bits (`_eight_bits.py`). Beside it: the norm for clipping or
+the guard reads g once more, + s; zeroing gradients writes them, + s; 16-bit parameters with fp32 masters read the
+master in p's stead and write both, 2 s + 24.
 
 A program works on one chunk of one tensor: CHUNKS holds the tensor of each chunk, a row of TABLE where it lies, GRADS
 the addresses of the gradients, which change most often. Tiles that are whole and whose tensors all lie on 16-byte
@@ -29,10 +30,12 @@ which decides who writes and not what, so that the result is the same bits every
 from __future__ import annotations
 
 from .._runtime import kernel, tl
+from ._eight_bits import decoded, encoded, salted
 
-# A row of TABLE, int64: the parameter, three states, the master and the step as addresses (0: has none), elements,
-# first chunk, seed of the stochastic rounding, row of SCALARS.
-FIELDS = ("param", "state0", "state1", "state2", "master", "step", "size", "first_chunk", "seed", "group")
+# A row of TABLE, int64: the parameter, three states, the master, the step and the first two states' LOW (8 bits) as
+# addresses (0: has none), elements, first chunk, seed of the stochastic rounding, row of SCALARS.
+ADDRESSES = ("param", "state0", "state1", "state2", "master", "step", "low0", "low1")
+FIELDS = (*ADDRESSES, "size", "first_chunk", "seed", "group")
 # A row of SCALARS, fp32: -1 to maximize, else 1; coefficients, their complements and logarithms, all formed in double
 # precision; eps; lr_decay, the momentum of rmsprop or Muon's scale; lr and decay, unless they are tensors of their own.
 SCALARS = ("sign", "b1", "one_minus_b1", "b2", "one_minus_b2", "ln_b1", "ln_b2", "eps", "extra", "lr", "decay", "")
@@ -134,14 +137,19 @@ def _mixed(bits):
 
 
 @kernel()
-def _rounded_stochastically(x, element, seed, t):
-    """x as bf16, away from 0 with the probability of how far it lies beyond the nearer neighbour; exact values stay."""
-    # Element numbers may pass 2^32: their upper half enters by the key, as do the tensor and the step.
-    upper = (element >> 32).to(tl.uint32)
+def _hashed(begin, at, seed, t):
+    """32 random bits for each element begin + at of a chunk."""
     key = _mixed(seed.to(tl.uint32) ^ _mixed((seed >> 32).to(tl.uint32) ^ _mixed(t.to(tl.uint32))))
-    noise = _mixed(element.to(tl.uint32) ^ _mixed(upper ^ key)) & 0xFFFF
+    # Element numbers may pass 2^32, at the beginning of a chunk: their upper half enters by the key.
+    key = _mixed((begin >> 32).to(tl.uint32) ^ key)
+    return _mixed((begin.to(tl.uint32) + at.to(tl.uint32)) ^ key)
+
+
+@kernel()
+def _rounded_stochastically(x, noise):
+    """x as bf16, away from 0 with the probability of how far it lies beyond the nearer neighbour; exact values stay."""
     bits = x.to(tl.uint32, bitcast=True)
-    up = ((bits + noise) >> 16).to(tl.uint16)
+    up = ((bits + (noise & 0xFFFF)) >> 16).to(tl.uint16)
     # The carry would turn a NaN into a number.
     quiet = (bits >> 16).to(tl.uint16) | 0x40
     return tl.where(x == x, up, quiet).to(tl.bfloat16, bitcast=True)
@@ -173,11 +181,27 @@ def _store(word, begin, at, x, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr)
 
 
 @kernel()
+def _load_codes(word, low_at, begin, at, low_mask, mask, OCTAVES: tl.constexpr, ALIGNED: tl.constexpr):
+    """An average of 8 bits in fp32: elements begin + at, a row of them for each LOW at `low_at`."""
+    code = tl.load(_address(word, tl.uint8, ALIGNED) + begin + at, mask=mask, other=None if ALIGNED else 0)
+    low = tl.load(low_at, mask=low_mask, other=None if ALIGNED else 0)
+    return decoded(code, low[:, None], OCTAVES)
+
+
+@kernel()
+def _store_codes(word, low_at, begin, at, x, noise, low_mask, mask, OCTAVES: tl.constexpr, ALIGNED: tl.constexpr):
+    code, low = encoded(x, noise, OCTAVES)
+    tl.store(_address(word, tl.uint8, ALIGNED) + begin + at, code, mask=mask)
+    tl.store(low_at, low, mask=low_mask)
+
+
+@kernel()
 def _tile(
     addresses,
     hyper,
     begin,
     at,
+    blocks,
     left,
     t,
     seed,
@@ -191,10 +215,11 @@ def _tile(
     MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ZERO_GRADS: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Read one tile of one tensor, update it, write it. ALIGNED: whole, and every tensor on a 16-byte boundary."""
-    p_at, g_at, s0_at, s1_at, s2_at, master_at = addresses
+    p_at, g_at, s0_at, s1_at, s2_at, master_at, low0_at, low1_at = addresses
     factor, lr, rate, root, decay, b1, c1, b2, c2, eps, extra = hyper
     mask = None
     if not ALIGNED:
@@ -206,8 +231,17 @@ def _tile(
     else:
         p = _load(p_at, begin, at, mask, PARAM, ALIGNED)
     g = _load(g_at, begin, at, mask, GRAD, ALIGNED) * factor
-    s0 = _load(s0_at, begin, at, mask, STATE0, ALIGNED)
-    s1 = _load(s1_at, begin, at, mask, STATE1, ALIGNED)
+    if tl.uint8 == STATE0:
+        low_mask = None
+        if not ALIGNED:
+            low_mask = blocks * STATE_BLOCK < left
+        first = begin // STATE_BLOCK + blocks
+        low0_at, low1_at = _address(low0_at, tl.uint8, False) + first, _address(low1_at, tl.uint8, False) + first
+        s0 = _load_codes(s0_at, low0_at, begin, at, low_mask, mask, 16, ALIGNED)
+        s1 = _load_codes(s1_at, low1_at, begin, at, low_mask, mask, 32, ALIGNED)
+    else:
+        s0 = _load(s0_at, begin, at, mask, STATE0, ALIGNED)
+        s1 = _load(s1_at, begin, at, mask, STATE1, ALIGNED)
     s2 = _load(s2_at, begin, at, mask, STATE2, ALIGNED)
     if RULE == "adam":
         p, s0, s1, s2 = _adam(p, g, s0, s1, s2, lr, rate, root, decay, b1, c1, b2, c2, eps, SWITCH, STATE2 is not None)
@@ -229,13 +263,18 @@ def _tile(
     else:
         tl.static_assert(RULE == "apply")
         p = p - lr * decay * p - rate * g
-    _store(s0_at, begin, at, s0, mask, STATE0, ALIGNED)
-    _store(s1_at, begin, at, s1, mask, STATE1, ALIGNED)
+    if tl.uint8 == STATE0:
+        noise = _mixed(salted(_hashed(begin, at, seed, t)))
+        _store_codes(s0_at, low0_at, begin, at, s0, noise & 0xFFFF, low_mask, mask, 16, ALIGNED)
+        _store_codes(s1_at, low1_at, begin, at, s1, noise >> 16, low_mask, mask, 32, ALIGNED)
+    else:
+        _store(s0_at, begin, at, s0, mask, STATE0, ALIGNED)
+        _store(s1_at, begin, at, s1, mask, STATE1, ALIGNED)
     _store(s2_at, begin, at, s2, mask, STATE2, ALIGNED)
     _store(master_at, begin, at, p, mask, MASTER, ALIGNED)
     if STOCHASTIC:
         tl.static_assert(tl.bfloat16 == PARAM)
-        p = _rounded_stochastically(p, begin + at, seed, t)
+        p = _rounded_stochastically(p, _hashed(begin, at, seed, t))
     _store(p_at, begin, at, p, mask, PARAM, ALIGNED)
     if ZERO_GRADS:
         _store(g_at, begin, at, tl.zeros(at.shape, tl.float32), mask, GRAD, ALIGNED)
@@ -262,6 +301,7 @@ def update_kernel(
     CONTROLLED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ZERO_GRADS: tl.constexpr,
+    STATE_BLOCK: tl.constexpr,
     FIELDS: tl.constexpr,
     SCALAR_FIELDS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -270,11 +310,11 @@ def update_kernel(
     """Chunk `program_id` of the T tensors; TICKETS counts each tensor's finished programs and ends at 0."""
     tensor = tl.load(CHUNKS + tl.program_id(0))
     row = TABLE + tensor * FIELDS
-    g_at, size = tl.load(GRADS + tensor), tl.load(row + 6)
-    begin = (tl.program_id(0) - tl.load(row + 7)) * CHUNK
+    g_at, size = tl.load(GRADS + tensor), tl.load(row + 8)
+    begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK
     left = tl.minimum(size - begin, CHUNK).to(tl.int32)
     # GRADS goes on behind the T gradients with two addresses a group: its learning rate and its decay.
-    group = tl.load(row + 9)
+    group = tl.load(row + 11)
     h = SCALARS + group * SCALAR_FIELDS
     lr = tl.load(_address(tl.load(GRADS + T + 2 * group), tl.float32, False))
     decay = tl.load(_address(tl.load(GRADS + T + 2 * group + 1), tl.float32, False))
@@ -307,24 +347,26 @@ def update_kernel(
         tl.load(row + 3),
         tl.load(row + 4),
     )
-    addresses = (p_at, g_at, s0_at, s1_at, s2_at, master_at)
-    seed = tl.load(row + 8)
+    addresses = (p_at, g_at, s0_at, s1_at, s2_at, master_at, tl.load(row + 6), tl.load(row + 7))
+    seed = tl.load(row + 10)
     aligned = (p_at | g_at | s0_at | s1_at | s2_at | master_at) % 16 == 0
     tiles = tl.where(skipped == 0.0, tl.cdiv(left, BLOCK), 0)
     wide_tiles = tl.minimum(tl.where(aligned, left // BLOCK, 0), tiles)
-    cols = tl.arange(0, BLOCK)
+    blocks, cols = 0, tl.arange(0, BLOCK)
+    if tl.uint8 == STATE0:
+        # A row of the tile is a block of the states, whose elements have one exponent.
+        blocks = tl.arange(0, BLOCK // STATE_BLOCK)
+        cols = blocks[:, None] * STATE_BLOCK + tl.arange(0, STATE_BLOCK)[None, :]
     # Two loops over one body, since what is aligned must be known when compiling.
     for i in range(wide_tiles):
-        at = i * BLOCK + cols
         _tile(
-            *(addresses, hyper, begin, at, left, t, seed),
-            *(RULE, SWITCH, PARAM, GRAD, STATE0, STATE1, STATE2, MASTER, STOCHASTIC, ZERO_GRADS, True),
+            *(addresses, hyper, begin, i * BLOCK + cols, i * (BLOCK // STATE_BLOCK) + blocks, left, t, seed),
+            *(RULE, SWITCH, PARAM, GRAD, STATE0, STATE1, STATE2, MASTER, STOCHASTIC, ZERO_GRADS, STATE_BLOCK, True),
         )
     for i in range(wide_tiles, tiles):
-        at = i * BLOCK + cols
         _tile(
-            *(addresses, hyper, begin, at, left, t, seed),
-            *(RULE, SWITCH, PARAM, GRAD, STATE0, STATE1, STATE2, MASTER, STOCHASTIC, ZERO_GRADS, False),
+            *(addresses, hyper, begin, i * BLOCK + cols, i * (BLOCK // STATE_BLOCK) + blocks, left, t, seed),
+            *(RULE, SWITCH, PARAM, GRAD, STATE0, STATE1, STATE2, MASTER, STOCHASTIC, ZERO_GRADS, STATE_BLOCK, False),
         )
     if CONTROLLED and ZERO_GRADS:
         for i in range(tiles, tl.cdiv(left, BLOCK)):
@@ -357,8 +399,8 @@ def norm_partial_kernel(
     tensor = tl.load(CHUNKS + tl.program_id(0))
     row = TABLE + tensor * FIELDS
     g_at = tl.load(GRADS + tensor)
-    begin = (tl.program_id(0) - tl.load(row + 7)) * CHUNK
-    left = tl.minimum(tl.load(row + 6) - begin, CHUNK).to(tl.int32)
+    begin = (tl.program_id(0) - tl.load(row + 9)) * CHUNK
+    left = tl.minimum(tl.load(row + 8) - begin, CHUNK).to(tl.int32)
     wide_tiles = tl.where(g_at % 16 == 0, left // BLOCK, 0)
     cols = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)

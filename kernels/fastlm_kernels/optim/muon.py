@@ -28,13 +28,14 @@ from ._muon_plan import MuonPlan, scale_of, usable
 from ._newton_schulz import newton_schulz
 from ._options import (
     StepOptions,
-    check_rounding,
+    check_group,
     clip_in_place,
     entries,
     fill_with_zeros,
+    finish_loading,
     gradients,
+    in_32_bits,
     in_fp32,
-    keep_dtypes,
     make_plan,
     opaque,
     readable,
@@ -44,7 +45,7 @@ from ._options import (
     unscale,
 )
 from ._plan import Control, Plan, capturing_graph, laid_out_as
-from ._sharded import like_shards_of, local, sharded_as, whole
+from ._sharded import cut_alike, like_shards_of, local, shard_group, sharded_as, whole
 from .torch_optim import ADAM
 
 # Under these decorated methods torch imports its compiler, most of a second, on the first call.
@@ -149,7 +150,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             param_group.setdefault("fused", True)  # torch's sign for: "step" lives on the parameter's device
         _add_param_group(self, param_group)
         _check_group(self.param_groups[-1])
-        check_rounding(self.options, self.param_groups[-1])
+        check_group(self, self.param_groups[-1])
 
     # GradScaler may leave its scale and its finding to `step`.
     _step_supports_amp_scaling = True
@@ -163,14 +164,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         groups = self.param_groups
         kinds: dict[bool, tuple[list[Tensor], list[Tensor], list[int]]] = {True: ([], [], []), False: ([], [], [])}
         for p, grad, number in zip(*entries(groups), strict=True):
-            for column, value in zip(kinds[groups[number]["use_muon"]], (p, grad, number), strict=True):
+            for column, value in zip(kinds[groups[number]["use_muon"]], (p, local(grad), number), strict=True):
                 column.append(value)  # type: ignore[arg-type]
         (matrices, updates, _), (rest, grads, _) = kinds[True], kinds[False]
         if not matrices and not rest:
             return True
         plans = self._plans
         if plans is None or not self._fits(plans, kinds):
-            if not (readable(matrices + rest, updates + grads) and usable(matrices)):
+            params = matrices + rest
+            plain = readable([local(p) for p in params], updates + grads)
+            if not (plain and cut_alike(params) and usable(matrices)):
                 return False
             plans = self._plans = self._make_plans(kinds)
         elif not strided(updates + grads):
@@ -203,14 +206,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             muon = MuonPlan(self, matrices, updates, numbers, self._blocks, torch.float32)
         bundles = (adamw.bundles if adamw else []) + (muon.bundles if muon else [])
         self.skipped_steps = self.skipped_steps.to(bundles[0].device)
-        return adamw, muon, Control(bundles, self.options)
+        return adamw, muon, Control(bundles, self.options, shard_group((matrices + rest)[0]))
 
     def _step_torch(self) -> None:
         grads = gradients(self.param_groups)
         skip = unscale(self, grads)
         found = self._clip_and_find(grads) if self.options.needs_norm and grads else None
         if not skip:
-            with in_fp32(self) as copies:
+            with in_32_bits(self), in_fp32(self) as copies:
                 blocks = self._blocks | {wide: self._blocks[p] for p, wide in copies if p in self._blocks}
                 for group in self.param_groups:
                     params = [p for p in group["params"] if p.grad is not None]
@@ -324,7 +327,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every state is a copy and keeps its dtype (torch casts it to the parameter's)."""
         _load_state_dict(self, copy.deepcopy(state_dict))
-        keep_dtypes(self, state_dict)
+        finish_loading(self, state_dict)
 
 
 def _tensor(member: Any) -> Tensor:

@@ -50,13 +50,15 @@ def bytes_per_parameter(name: str, case: dict[str, Any], dtype: torch.dtype) -> 
     """Bytes that a step reads and writes for each parameter and gradient of `dtype`.
 
     AdamW in fp32: p, g, m, v read and p, m, v written, 28. The norm of max_grad_norm or skip_nonfinite reads g again;
-    zero_grads writes it; with masters p is written but not read, and the fp32 master is both.
+    zero_grads writes it; with masters p is written but not read, and the fp32 master is both. States of 8 bits: a byte
+    each, their blocks' exponents (1/32 in all) not counted.
     """
     size = dtype.itemsize
     wide = case.get("master_weights") or case.get("stochastic_rounding")
     master = bool(case.get("master_weights")) and size < 4
     states = _STATES.get(name, 1) + sum(bool(case.get(option)) for option in _EXTRA_STATES)
-    total = size + states * 2 * (4 if wide else size)
+    bits = case.get("state_bits", 32)
+    total = size + states * 2 * (1 if bits == 8 else 4 if wide else size)
     total += size + 8 if master else 2 * size
     total += size * bool(case.get("max_grad_norm") is not None or case.get("skip_nonfinite"))
     return total + size * bool(case.get("zero_grads"))
@@ -76,6 +78,9 @@ STEPS = (
             {"master_weights": True},
             {"master_weights": True, **_EVERYTHING},
             {"stochastic_rounding": True, **_EVERYTHING},
+            {"state_bits": 8},
+            {"state_bits": 8, "master_weights": True, **_EVERYTHING},
+            {"state_bits": 8, "stochastic_rounding": True, **_EVERYTHING},
             {},
         ),
     ),

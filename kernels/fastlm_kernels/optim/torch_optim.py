@@ -14,9 +14,14 @@ between torch's own implementations and are accepted. Each class takes, keyword-
                           states are fp32. Draws follow the group's "fastlm/seed" (0), the step and the element: runs
                           repeat bit for bit
     zero_grads            fill the gradients with 0 in the same pass; `p.grad` is kept
-    state_bits=8          ValueError so far
+    state_bits=8          AdamW and Adam: both averages in a byte an element and one for each 128 (`_eight_bits.py`),
+                          where a parameter has 4096 elements or more and is fp32, fp16 or bf16; smaller ones keep
+                          theirs in fp32. ValueError beside amsgrad or differentiable, and under FSDP2
 
 The options are not part of `state_dict`: they belong to the constructor. States of ours stand in it as "fastlm/...".
+With state_bits=8 "fastlm/exp_avg", "fastlm/exp_avg_low" and their like of "exp_avg_sq" stand there instead of torch's.
+Loading turns either kind into what this optimizer keeps: torch's states are rounded to the nearest code, codes become
+fp32 in an optimizer with state_bits=32, whose `state_dict` torch's classes load.
 In a CUDA graph lr and weight_decay follow their tensors, numbers stay as captured; every parameter needs a gradient.
 """
 
@@ -27,6 +32,7 @@ import torch
 from ._muon_plan import MuonPlan, usable
 from ._options import WithOptions, entries, readable, scaling, strided
 from ._plan import STEP, Control, Group, Rule, capturing_graph
+from ._sharded import cut_alike, local, shard_group
 
 
 def _adam_states(group: Group) -> tuple[str, str, str | None]:
@@ -123,12 +129,13 @@ class Muon(WithOptions, torch.optim.Muon):
         params, grads, numbers = entries(self.param_groups)
         if not params:
             return True
+        grads = [local(grad) for grad in grads]
         plan, control = self._plan or (None, None)
         if plan is None or control is None or not plan.fits(params, grads, self.param_groups, self.state):
-            if not (readable(params, grads) and usable(params)):
+            if not (readable([local(p) for p in params], grads) and cut_alike(params) and usable(params)):
                 return False
             plan = MuonPlan(self, params, grads, numbers, {}, torch.float32 if self.options.wide else None)
-            control = Control(plan.bundles, self.options)
+            control = Control(plan.bundles, self.options, shard_group(params[0]))
             self._plan = plan, control
             self.skipped_steps = self.skipped_steps.to(params[0].device)
         elif not strided(grads):

@@ -287,6 +287,15 @@ class TestInvariants:
         batch = batches(1)[0]
         assert "check_compile: at most" in check_compiled(model, batch.inputs, batch.targets, SEEDS)
 
+    @pytest.mark.parametrize("own", [None, "mine"])
+    def test_what_was_compiled_lies_in_the_users_cache(self, own: str | None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own or "")
+        if own is None:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        compile_block(model_of())
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (own or "/somewhere/fastlm/inductor")
+
     def test_check_compile_stops_a_run_whose_compiled_gradient_is_another(self):
         model, batch = model_of(), batches(1)[0]
 

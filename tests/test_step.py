@@ -287,14 +287,17 @@ class TestInvariants:
         batch = batches(1)[0]
         assert "check_compile: at most" in check_compiled(model, batch.inputs, batch.targets, SEEDS)
 
-    @pytest.mark.parametrize("own", [None, "mine"])
-    def test_what_was_compiled_lies_in_the_users_cache(self, own: str | None, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own or "")
-        if own is None:
+    @pytest.mark.parametrize("chosen", [False, True])
+    def test_what_was_compiled_lies_in_the_users_cache(
+        self, chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+        if not chosen:
             monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
         compile_block(model_of())
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (own or "/somewhere/fastlm/inductor")
+        folder = tmp_path / ("chosen" if chosen else "fastlm/inductor")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
 
     def test_check_compile_stops_a_run_whose_compiled_gradient_is_another(self):
         model, batch = model_of(), batches(1)[0]

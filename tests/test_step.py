@@ -321,11 +321,12 @@ class TestResolved:
         return resolve.resolve(cfg, torch.device("cpu"), 61, 5)
 
     def test_what_is_open_is_decided_and_said(self):
-        cfg, notes = self.resolve(recompute=True)
+        cfg, notes = self.resolve(recompute=True, check_compile=True)
         assert (cfg.train.micro_batch_size, cfg.train.recompute, cfg.train.cuda_graphs) == (8, "block", False)
         text = "\n".join(notes)
         assert "none measured on this cpu yet" in text
         assert "CUDA graphs: off (not on cpu)" in text
+        assert "check_compile: nothing to compare" in text
         assert "micro-batch: 8 of 8 sequences" in text
 
     def test_the_micro_batch_is_the_largest_that_fits(self, monkeypatch: pytest.MonkeyPatch):

@@ -51,6 +51,8 @@ def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | Non
     notes.append(note)
     cfg.train.compile, note = _compile(cfg, device, training_flops(cfg, vocab_size, steps))
     notes.append(note)
+    if cfg.train.check_compile and not cfg.train.compile:
+        notes.append("check_compile: nothing to compare, this run compiles nothing")
     cfg.train.cuda_graphs, note = _cuda_graphs(cfg, device)
     notes.append(note)
     cfg.train.recompute = {False: "none", True: "block"}.get(cfg.train.recompute, cfg.train.recompute)  # type: ignore[call-overload]

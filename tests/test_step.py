@@ -287,6 +287,18 @@ class TestInvariants:
         batch = batches(1)[0]
         assert "check_compile: at most" in check_compiled(model, batch.inputs, batch.targets, SEEDS)
 
+    @pytest.mark.parametrize("chosen", [False, True])
+    def test_what_was_compiled_lies_in_the_users_cache(
+        self, chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+        if not chosen:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        compile_block(model_of())
+        folder = tmp_path / ("chosen" if chosen else "fastlm/inductor")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+
     def test_check_compile_stops_a_run_whose_compiled_gradient_is_another(self):
         model, batch = model_of(), batches(1)[0]
 
@@ -309,11 +321,12 @@ class TestResolved:
         return resolve.resolve(cfg, torch.device("cpu"), 61, 5)
 
     def test_what_is_open_is_decided_and_said(self):
-        cfg, notes = self.resolve(recompute=True)
+        cfg, notes = self.resolve(recompute=True, check_compile=True)
         assert (cfg.train.micro_batch_size, cfg.train.recompute, cfg.train.cuda_graphs) == (8, "block", False)
         text = "\n".join(notes)
         assert "none measured on this cpu yet" in text
         assert "CUDA graphs: off (not on cpu)" in text
+        assert "check_compile: nothing to compare" in text
         assert "micro-batch: 8 of 8 sequences" in text
 
     def test_the_micro_batch_is_the_largest_that_fits(self, monkeypatch: pytest.MonkeyPatch):

@@ -260,7 +260,8 @@ def test_num_items_does_not_hide_a_bad_reduction(reduction: Any) -> None:
 def test_uint8_targets_are_the_same_numbers_in_int64() -> None:
     """256 classes, so that -100 has a namesake among them; label smoothing is PyTorch's, which mistakes the two."""
     x, target = torch.randn(3, 256, dtype=torch.float64), torch.tensor([156, 5, 255])
-    for options in ({}, {"z_loss": 0.1}, {"z_loss": 0.1, "reduction": "none"}):
+    several: tuple[Any, ...] = ({}, {"z_loss": 0.1}, {"z_loss": 0.1, "reduction": "none"})
+    for options in several:
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         found = [fk.cross_entropy(leaves[0], target.byte(), **options), fk.cross_entropy(leaves[1], target, **options)]
         torch.testing.assert_close(*found)
@@ -337,7 +338,7 @@ def test_legacy_reductions_warn_as_pytorch_does() -> None:
 
 @both_paths
 @pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"reduce": True}], ids=_names)
-def test_legacy_reductions_compile_whole(legacy: dict[str, bool]) -> None:
+def test_legacy_reductions_compile_whole(legacy: Any) -> None:
     """With PyTorch's warning, once, while the function is traced."""
     x, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
     with pytest.warns(UserWarning, match="please use reduction="):

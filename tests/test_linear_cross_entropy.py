@@ -477,13 +477,13 @@ def test_plans_of_all_sizes(classes: int, hidden: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("case", KERNEL.large, ids=case_name)
-def test_what_is_timed_is_what_was_checked(case: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_timed_is_what_was_checked(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The benches check fewer tokens than they time: in as many chunks and blocks of classes all the same."""
     timed = configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16)
     parts = (timed.mode, -(-case["rows"] // timed.rows), -(-case["classes"] // timed.classes))
     seen: list[Any] = []
 
-    def check_kernel(kernel: Any, small: dict[str, int], dtype: torch.dtype, device: str) -> list[Any]:
+    def check_kernel(kernel: Any, small: Any, dtype: torch.dtype, device: str) -> list[Any]:
         plan = configs.linear_cross_entropy_plan(*small.values(), dtype, True)
         seen.append((plan.mode, -(-small["rows"] // plan.rows), -(-small["classes"] // plan.classes)))
         assert small["rows"] <= 256
@@ -499,8 +499,9 @@ def test_what_is_timed_is_what_was_checked(case: dict[str, int], monkeypatch: py
 
 def test_benches_time_every_way_of_walking() -> None:
     """One chunk, several, and blocks of classes."""
-    plans = [configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16) for case in KERNEL.large]
-    chunks = [-(-case["rows"] // plan.rows) for case, plan in zip(KERNEL.large, plans, strict=True)]
+    large: Any = KERNEL.large
+    plans = [configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16) for case in large]
+    chunks = [-(-case["rows"] // plan.rows) for case, plan in zip(large, plans, strict=True)]
     assert min(chunks) == 1
     assert {plan.mode for plan, count in zip(plans, chunks, strict=True) if count > 1} == {"tokens", "classes"}
 
@@ -542,8 +543,9 @@ def test_class_weights_that_sum_to_zero(mode: str, terms: Any, kernel_device: st
         finite.append([grad.isfinite() for grad in torch.autograd.grad(loss, leaves)])
     assert torch.equal(finite[0][0], (arguments["target"] == -100)[:, None].expand_as(leaves[0]))
     torch.testing.assert_close(*finite)
-    for other in ({"reduction": "sum"}, {"num_items": 3}):
-        call = arguments | other
+    others: tuple[Any, ...] = ({"reduction": "sum"}, {"num_items": 3})
+    for other in others:
+        call: Any = arguments | other
         expected = torch.autograd.grad(KERNEL.reference(**call), leaves)
         torch.testing.assert_close(torch.autograd.grad(fk.linear_cross_entropy(**call), leaves), expected)
     arguments["target"].fill_(-100)

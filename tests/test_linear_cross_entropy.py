@@ -479,12 +479,12 @@ def test_plans_of_all_sizes(classes: int, hidden: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("case", KERNEL.large, ids=case_name)
 def test_what_is_timed_is_what_was_checked(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The benches check fewer tokens than they time: in as many chunks and blocks of classes all the same."""
-    timed = configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16)
+    timed = configs.linear_cross_entropy_plan(case["rows"], case["columns"], case["classes"], torch.bfloat16)
     parts = (timed.mode, -(-case["rows"] // timed.rows), -(-case["classes"] // timed.classes))
     seen: list[Any] = []
 
     def check_kernel(kernel: Any, small: Any, dtype: torch.dtype, device: str) -> list[Any]:
-        plan = configs.linear_cross_entropy_plan(*small.values(), dtype, True)
+        plan = configs.linear_cross_entropy_plan(small["rows"], small["columns"], small["classes"], dtype)
         seen.append((plan.mode, -(-small["rows"] // plan.rows), -(-small["classes"] // plan.classes)))
         assert small["rows"] <= 256
         assert plan.buffer_elements >= plan.rows * case["classes"]
@@ -500,7 +500,10 @@ def test_what_is_timed_is_what_was_checked(case: Any, monkeypatch: pytest.Monkey
 def test_benches_time_every_way_of_walking() -> None:
     """One chunk, several, and blocks of classes."""
     large: Any = KERNEL.large
-    plans = [configs.linear_cross_entropy_plan(*case.values(), torch.bfloat16) for case in large]
+    plans = [
+        configs.linear_cross_entropy_plan(case["rows"], case["columns"], case["classes"], torch.bfloat16)
+        for case in large
+    ]
     chunks = [-(-case["rows"] // plan.rows) for case, plan in zip(large, plans, strict=True)]
     assert min(chunks) == 1
     assert {plan.mode for plan, count in zip(plans, chunks, strict=True) if count > 1} == {"tokens", "classes"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -204,7 +205,9 @@ def host_seconds(call: Run) -> float:
 def waits(run: Run) -> bool:
     """Whether a run makes the host wait for the device, which no graph can hold."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # that the mode is a prototype: an error where all warnings are
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         run()
     except RuntimeError as error:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -315,7 +316,7 @@ class FakeCuda:
     """Stands for torch.cuda. A graph keeps what runs while it is captured; a second passes between two events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, waiting: bool):
-        self.waiting, self.mode, self.clock = waiting, 0, 0.0
+        self.waiting, self.warned, self.mode, self.clock = waiting, False, 0, 0.0
         self.log: list[str] = []
         names = ("Stream", "stream", "current_stream", "CUDAGraph", "graph", "Event", "synchronize")
         names += ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
@@ -373,6 +374,9 @@ class FakeCuda:
         return 0
 
     def set_sync_debug_mode(self, mode: Any) -> None:
+        if not self.warned:  # as torch does, once a process
+            self.warned = True
+            warnings.warn("Synchronization debug mode is a prototype feature and may miss some", stacklevel=2)
         self.mode = mode
 
 

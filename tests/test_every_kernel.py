@@ -704,6 +704,7 @@ def test_cuda_graph_replays_with_new_numbers(kernel: Kernel, dtype: torch.dtype)
 
 
 @pytest.mark.needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @every_kernel
 def test_inductors_code_never_waits_for_the_device(kernel: Kernel) -> None:
     """The default compiler, forward and backward: eager's bits, and no synchronisation."""

@@ -13,7 +13,7 @@ from bench.results import Info, Results, Source, split
 
 NOT_MEASURED = "not measured"
 DIRECTIONS = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
-_ORDER = (*DIRECTIONS, "step", "clipped", "")
+_TITLES = {**DIRECTIONS, "step": "step", "clipped": "clipped", "host": "host time of a step over many small tensors"}
 _RIVALS = ("eager", "compile", "liger")
 _ATTENTION_RIVALS = (
     "fastlm-unordered",
@@ -120,11 +120,17 @@ def kernel_section(results: Results, kernel: str) -> str:
     baseline = baseline_of(kernel).removeprefix("PyTorch ").removeprefix("torch's ")
     header = ["shape", "fastlm", "10 - 90 %", f"against {baseline}", "against the best rival"]
     header += ["of copy", "of matmul", "memory", "launches", "host", *rivals]
-    for name in sorted({split(info)[1] for info in found}, key=_ORDER.index):
+    for name in sorted({split(info)[1] for info in found}, key=_place):
         of_it = [info for info in found if split(info)[1] == name]
         sources = {id(info["source"]): info["source"] for info in of_it}
-        parts += [f"### {DIRECTIONS.get(name, name)}", table(header, _rows(of_it, rivals)), caption(sources.values())]
+        parts += [f"### {_TITLES.get(name, name)}", table(header, _rows(of_it, rivals)), caption(sources.values())]
     return "\n\n".join(parts) + "\n"
+
+
+def _place(direction: str) -> tuple[int, str]:
+    """Where a table stands: what has no title comes last, by name."""
+    known = list(_TITLES)
+    return (known.index(direction) if direction in known else len(known), direction)
 
 
 def _optional(value: Any, form: Callable[[Any], str]) -> str:
@@ -154,6 +160,24 @@ def training_section(results: Results) -> str:
     sources = {id(info["source"]): info["source"] for info in (*updates, *races)}
     parts.append(caption(sources.values()) if sources else NOT_MEASURED)
     return "\n\n".join(parts) + "\n"
+
+
+def hugging_face_section(results: Results) -> str:
+    """Steps of transformers' models: unpatched, ours, Liger's; who could not be measured says why."""
+    found = sorted(results.of("hf"), key=lambda info: [info[name] for name in ("kernel", "shape", "dtype", "provider")])
+    if not found:
+        return f"## Hugging Face models\n\n{NOT_MEASURED}\n"
+    about = (
+        "A forward and backward in training mode; ratios refer to the unpatched model, above 1 is faster or smaller."
+    )
+    rows = []
+    for info in found:
+        speed = cell(info) if info["seconds"] is None else _optional(info.get("tokens_per_second"), number)
+        row = [split(info)[1], f"{info['shape']} {info['dtype']}", info["provider"], speed, times(info["ratio"])]
+        rows.append([*row, _memory(info), times(info.get("memory_ratio"))])
+    header = ["model", "shape", "provider", "tokens/s", "ratio", "memory", "memory ratio"]
+    sources = {id(info["source"]): info["source"] for info in found}
+    return f"## Hugging Face models\n\n{about}\n\n{table(header, rows)}\n\n{caption(sources.values())}\n"
 
 
 def _update_row(info: Info) -> list[str]:
@@ -219,7 +243,7 @@ def report(results: Results, plots: Sequence[str]) -> str:
     """The whole report in Markdown; `plots` are the names of image files beside it."""
     parts = [f"# {results.device}\n", f"Sources: {caption(results.sources)}.\n", _legend(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})\n" for name in plots]
-    parts += [full_run_section(results), training_section(results)]
+    parts += [full_run_section(results), training_section(results), hugging_face_section(results)]
     parts += [*(kernel_section(results, kernel) for kernel in FAMILIES)]
     parts.append(resources_section(results))
     return "\n".join(parts)

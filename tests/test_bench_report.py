@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench import plots, report, tables
+from bench import bench_hf, plots, report, tables
+from bench.cases import TIMED
 from bench.results import load
+from bench.timing import DIRECTIONS
 from fastlm.errors import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +207,43 @@ def test_attention_is_drawn_over_the_length(tmp_path: Path) -> None:
     assert not plots.attention(load([benchmark_file(tmp_path, NORM)]), tmp_path / "none.png")
 
 
+def kernel_names() -> list[str]:
+    """What the benches write under `kernel`, names quoted and expressions as they stand."""
+    found: list[ast.expr] = []
+    for path in sorted([*(ROOT / "bench").glob("bench_*.py"), ROOT / "bench/training.py"]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                keys = (getattr(key, "value", None) for key in node.keys)
+                found += [value for key, value in zip(keys, node.values, strict=True) if key == "kernel"]
+            elif isinstance(node, ast.Call):
+                found += [word.value for word in node.keywords if word.arg == "kernel"]
+    branches = ((value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,) for value in found)
+    return [ast.unparse(value) for either in branches for value in either]
+
+
+# What stands for an expression that a bench writes under `kernel`.
+EXPRESSIONS = {
+    "f'{entry.kernel.name}.{direction}'": [f"{k.name}.{d}" for k in TIMED for d in DIRECTIONS],
+    "f'hf.{name}'": [f"hf.{name}" for name in bench_hf.LARGE],
+    "KERNELS[index].name": [],  # of binaries, which no table of times holds
+}
+
+
+def test_whatever_a_bench_writes_stands_in_the_report(tmp_path: Path) -> None:
+    """One record of every `kernel` in the benches' sources, and of one that nobody knows yet."""
+    names = ["adamw.new"]
+    for written in kernel_names():
+        names += EXPRESSIONS[written] if written in EXPRESSIONS else [ast.literal_eval(written)]
+    assert len(names) > len(TIMED) * len(DIRECTIONS) + 6
+    infos = [info(name, "fastlm", 2e-6, f"shape-{number}-") for number, name in enumerate(names)]
+    out = tmp_path / "out"
+    report.main([str(benchmark_file(tmp_path, infos)), "--out", str(out)])
+    text = (out / "report.md").read_text()
+    assert [name for number, name in enumerate(names) if f"| shape-{number}- " not in text] == []
+    titles = re.findall("^### (.*)$", text.split("## adamw")[1].split("\n## ")[0], re.MULTILINE)
+    assert titles == ["step", "clipped", "host time of a step over many small tensors", "new"]
+
+
 def test_training_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
     """Tokens a second, MFU, a ratio that does not count; what was skipped is not measured."""
     update = {"tokens_per_second": 1000.0, "mfu": 0.5, "mfu_causal": 0.45, "valid": False}
@@ -216,6 +256,18 @@ def test_training_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
     assert cells(text, "xl")[2] == "not measured"
     assert cells(text, "L2")[2:5] == ["5,000", "3 s", "yes"]
     assert CAPTION in text
+
+
+def test_hugging_face_models_stand_in_a_table_of_their_own(tmp_path: Path) -> None:
+    """Tokens a second and memory beside the unpatched model's; who could not be measured says why."""
+    ours = info("hf.llama", "fastlm", 2.0, "2x8", tokens_per_second=3000.0, peak_bytes=1 << 20, memory_ratio=1.6)
+    rival = info("hf.llama", "liger", None, "2x8", reason="Liger is not installed")
+    out = tmp_path / "out"
+    report.main([str(benchmark_file(tmp_path, [ours], [rival])), "--out", str(out)])
+    text = (out / "report.md").read_text().split("## Hugging Face models")[1].split("\n## ")[0]
+    assert cells(text, "llama | 2x8 bfloat16 | fastlm")[3:] == ["3,000", "0.00x", "1 MiB", "1.60x"]
+    assert cells(text, "llama | 2x8 bfloat16 | liger")[3:5] == ["none: Liger is not installed", "not measured"]
+    assert text.endswith(f"{CAPTION}\n")
 
 
 def bad_files(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ An update copies its micro-batches one after the other into the buffers, replays
 once. The learning rate is a tensor that both the schedule and the graph know. Nothing is read on the host.
 
 Recording runs nothing, but what it records must have run before: compilation, libraries' work space, the optimizer's
-state. The warm-up therefore runs a real micro-batch, then an optimizer step on gradients made NaN, which the optimizer
+state. The warm-up therefore runs real micro-batches, and optimizer steps on gradients made NaN, which the optimizer
 leaves out whole: parameters, masters and moments are never touched, so that nothing needs to be put back.
 """
 
@@ -106,8 +106,6 @@ class CapturedStep:
         self.seeds_B = None if seeds_B is None else torch.empty_like(seeds_B[cut])
         self.num_items = torch.ones((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
 
     def _place(self, batch: Batch, seeds_B: Tensor | None, start: int) -> None:
         """Samples [start, start + micro_batch_size) into the buffers that the graph reads."""
@@ -133,6 +131,11 @@ class CapturedStep:
 
     @torch.no_grad()
     def _warm_up(self) -> None:
+        # Dynamo traces no parameter of 16 bits beside a gradient of 32: what compiles does so before there are any.
+        with torch.enable_grad():
+            self._accumulate()
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         for _ in range(WARM_UPS):
             with torch.enable_grad():
                 self._accumulate()

@@ -27,7 +27,7 @@ from fastlm.data import Batch
 from fastlm.errors import GuardStop, InputError
 from fastlm.flops import flops_per_token
 from fastlm.memory import block_bytes, stem_bytes, step_memory
-from fastlm.model import GPT, flash_attention, hash32
+from fastlm.model import GPT, Block, flash_attention, hash32
 from fastlm.optim import build_optimizer, set_lr
 from fastlm.resolve import resolve_model
 from fastlm.train import accumulate, train_step
@@ -286,6 +286,25 @@ class TestInvariants:
         assert not counters["graph_break"]
         batch = batches(1)[0]
         assert "check_compile: at most" in check_compiled(model, batch.inputs, batch.targets, SEEDS)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute")
+    def test_gradients_summed_in_fp32_break_no_graph(self):
+        """The step as a GPU takes it: Dynamo refuses parameters of 16 bits beside gradients of 32."""
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.reset()
+        counters.clear()
+        model = model_of(dtype=torch.bfloat16, multiple=128)
+        model.compiled_block = torch.compile(Block.forward, backend="aot_eager", dynamic=False, fullgraph=True)
+        optimizer = build_optimizer(OptimConfig(), model, captured=True)
+        narrow(model, optimizer, accumulate=True)
+        step = captured(model, optimizer, 4)
+        for batch in batches(3):
+            step(batch, SEEDS)
+        assert model.head.weight.grad is not None
+        assert model.head.weight.grad.dtype == torch.float32
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
 
     @pytest.mark.parametrize("chosen", [False, True])
     def test_what_was_compiled_lies_in_the_users_cache(

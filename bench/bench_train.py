@@ -11,7 +11,7 @@ turn. On a CPU the preset `nanogpt-cpu` in eager fp32; what has to be timed on a
     tokens_per_second, seconds, seconds_by_round
     mfu, mfu_causal    of the device's dense bf16 peak, 6 N + 12 L D T and 6 N + 6 L D T FLOPs a token
     peak_bytes         device memory for model, optimizer and update; None on a CPU
-    first_step_seconds, compile_seconds, compiled, device
+    first_step_seconds, compile_seconds, compiled, device; of ours cuda_graphs, attention, kernels and `decisions`
 and for "time_to_loss": tokens and seconds of updates until the validation loss, `reached`, `loss`.
 """
 

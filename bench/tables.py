@@ -142,7 +142,18 @@ def training_section(results: Results) -> str:
     parts = ["## Training"]
     updates, races = list(results.of("train_step")), list(results.of("time_to_loss"))
     if updates:
-        header = ["shape", "provider", "tokens/s", "ratio", "MFU", "MFU, causal", "memory", "first step", "compile"]
+        header = [
+            "shape",
+            "provider",
+            "tokens/s",
+            "ratio",
+            "MFU",
+            "MFU, causal",
+            "memory",
+            "first step",
+            "compile",
+            "by",
+        ]
         parts.append(table(header, map(_update_row, updates)))
     if races:
         rows = [
@@ -182,7 +193,7 @@ def hugging_face_section(results: Results) -> str:
 
 def _update_row(info: Info) -> list[str]:
     if info["seconds"] is None:
-        return [info["shape"], info["provider"], cell(info), *[NOT_MEASURED] * 6]
+        return [info["shape"], info["provider"], cell(info), *[NOT_MEASURED] * 6, ""]
     ratio = times(info["ratio"]) if info.get("valid", True) else f"{times(info['ratio'])} (does not count)"
     row = [
         f"{info['shape']} {info['dtype']}",
@@ -191,7 +202,10 @@ def _update_row(info: Info) -> list[str]:
         ratio,
     ]
     row += [share(info.get(name)) for name in ("mfu", "mfu_causal")] + [_memory(info)]
-    return row + [_optional(info.get(name), duration) for name in ("first_step_seconds", "compile_seconds")]
+    row += [_optional(info.get(name), duration) for name in ("first_step_seconds", "compile_seconds")]
+    switches = {"compiled": "compiled", "cuda_graphs": "CUDA graphs"}
+    chosen = [f"{info[name]} {name}" for name in ("kernels", "attention") if name in info]
+    return [*row, ", ".join(chosen + [text for name, text in switches.items() if info.get(name)])]
 
 
 def resources_section(results: Results) -> str:

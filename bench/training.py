@@ -58,12 +58,16 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """What both contenders do: `cfg` is resolved for the device; a batch is cfg.train.batch_size x cfg.data.seq_len."""
+    """What both contenders do: `cfg` is resolved for the device; a batch is cfg.train.batch_size x cfg.data.seq_len.
+
+    decisions   what resolving chose and why, a line each: attention, kernels, compiling, CUDA graphs
+    """
 
     preset: str
     cfg: Config
     vocab_size: int
     device: torch.device
+    decisions: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -122,10 +126,10 @@ def workload(
         cfg.train.micro_batch_size = micro_batch_size
     resolve_model(cfg)
     with _room_for_a_rival(parameters(cfg.model, vocab_size).total, device):
-        cfg, _ = resolve(cfg, device, vocab_size, steps=1000)
+        cfg, decisions = resolve(cfg, device, vocab_size, steps=1000)
     most = max(1, _MOST_MICRO_TOKENS // cfg.data.seq_len)
     cfg.train.micro_batch_size = _divisor(cfg.train.batch_size, min(most, config.micro_batch_size(cfg, most)))
-    return Workload(preset, cfg, vocab_size, device)
+    return Workload(preset, cfg, vocab_size, device, tuple(decisions))
 
 
 @contextlib.contextmanager
@@ -176,7 +180,8 @@ class Update(NamedTuple):
 def fastlm_update(work: Workload) -> Update:
     """The trainer's own update, set up as for a run: the one place that knows how `fastlm.train` is driven.
 
-    Left out are the corpus, whose length alone is asked for, and the run directory: nothing is written.
+    Left out are the corpus, whose length alone is asked for, and the run directory: nothing is written. A run goes on
+    eagerly where recording CUDA graphs fails; what is timed raises RuntimeError then.
     """
     cfg, tokens = deepcopy(work.cfg), cast(Any, range(work.tokens + 1))
     data = Dataset(tokens, tokens, None, work.vocab_size, "", "random tokens", is_code=False)
@@ -188,11 +193,16 @@ def fastlm_update(work: Workload) -> Update:
     ):
         prepared = run.prepare(cfg, lambda _: None)
     assert prepared is not None
-    trainer = Trainer(prepared, Progress(io.StringIO()))
+    told = io.StringIO()
+    trainer = Trainer(prepared, Progress(told))
     trainer.clock = time.monotonic()
+    meant = trainer.step
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return trainer._update(Batch(inputs_BT, targets_BT, 0)).loss
+        loss = trainer._update(Batch(inputs_BT, targets_BT, 0)).loss
+        if trainer.step is not meant:
+            raise RuntimeError(f"{work.preset}: not the step that was asked for: {told.getvalue().strip()}")
+        return loss
 
     return Update(step, prepared.model, [prepared.optimizer])
 
@@ -415,7 +425,13 @@ class Comparison:
             "compile_seconds": contender.compile_seconds,
             "first_step_seconds": contender.first_step_seconds,
             "compiled": bool(model.train.compile),
-        }
+        } | (self._ours() if contender is self.ours else {})
+
+    def _ours(self) -> dict[str, object]:
+        """How ours does its update. Had a graph not been recorded, its first update would have raised."""
+        model, train = self.work.cfg.model, self.work.cfg.train
+        chosen = {"cuda_graphs": bool(train.cuda_graphs), "attention": model.attention, "kernels": model.kernels}
+        return {**chosen, "decisions": self.work.decisions}
 
 
 def compare(

@@ -76,6 +76,7 @@ def _compared(preset: str, batch_size: int | None, seconds: float) -> Iterator[R
     """One update of ours and of the baseline's; rows already after the first round."""
     begin, work = time.monotonic(), training.workload(preset, DEVICE, batch_size=batch_size)
     verdict = ""
+    yield from (f"{preset}: {line}" for line in work.decisions)
     for found in training.compare(work, rounds=5, updates=2 if GPU else 5, seconds=seconds):
         if isinstance(found, Contender):
             yield _speed(work, found)
@@ -112,6 +113,9 @@ def comparison_rows(found: Comparison) -> Iterator[Row]:
     yield row("peak_memory", ours.peak_bytes, "bytes", False, baseline.peak_bytes)
     if work.cfg.train.compile:
         yield row("compile_seconds", ours.compile_seconds, "s", False, baseline.compile_seconds)
+    if GPU:  # a speed without them is none of the step that is meant
+        for what, used in (("compiled", work.cfg.train.compile), ("cuda_graphs", work.cfg.train.cuda_graphs)):
+            yield row(what, float(bool(used)), "of 1", True, None, target=1.0)
     yield row("first_step_seconds", ours.first_step_seconds, "s", False, baseline.first_step_seconds)
 
 

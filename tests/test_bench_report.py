@@ -247,12 +247,13 @@ def test_whatever_a_bench_writes_stands_in_the_report(tmp_path: Path) -> None:
 def test_training_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
     """Tokens a second, MFU, a ratio that does not count; what was skipped is not measured."""
     update = {"tokens_per_second": 1000.0, "mfu": 0.5, "mfu_causal": 0.45, "valid": False}
+    update |= {"kernels": "triton", "attention": "sdpa", "compiled": False, "cuda_graphs": True}
     found = [info("train_step", "fastlm", 2.0, "gpt2-T1024", **update), info("train_step", "baseline", None, "xl")]
     found[1]["reason"] = "not measured: needs a GPU that holds it"
     found += [info("time_to_loss", "fastlm", 3.0, "L2", tokens=5000, reached=True)]
     text = tables.training_section(load([benchmark_file(tmp_path, found)]))
     expected = ["gpt2-T1024 bfloat16", "fastlm", "1,000", "0.00x (does not count)", "50 %", "45 %"]
-    assert cells(text, "gpt2") == [*expected, *["not measured"] * 3]
+    assert cells(text, "gpt2") == [*expected, *["not measured"] * 3, "triton kernels, sdpa attention, CUDA graphs"]
     assert cells(text, "xl")[2] == "not measured"
     assert cells(text, "L2")[2:5] == ["5,000", "3 s", "yes"]
     assert CAPTION in text

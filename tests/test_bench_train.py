@@ -15,6 +15,7 @@ from bench import bench_train, learning, training, training_items
 from bench.baseline import PlainGPT, plain_optimizers, plain_step
 from bench.learning import Race
 from bench.training import PRESETS, Comparison, Contender, Workload, preset_config, workload
+from fastlm import run, train
 from fastlm.arguments import flatten
 from fastlm.config import Config, ModelConfig, load_config
 from fastlm.config import __file__ as config_file
@@ -73,6 +74,28 @@ def test_an_update_of_the_baseline_is_the_trainers() -> None:
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for name, parameter in ours.model.state_dict().items():
         torch.testing.assert_close(plain.state_dict()[name], parameter, rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_that_goes_on_without_its_graph_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would note it and go on eagerly: that is not what the figure is said to be of."""
+
+    class Fails:
+        def __init__(self, device: torch.device):
+            pass
+
+        def warm_up(self, work: Any) -> None:
+            work()
+
+        def record(self, work: Any) -> None:
+            raise RuntimeError("no room")
+
+    work = tiny(SHAPES["gpt2"], name="adamw")
+    training.start_ours(work)
+    work.cfg.train.cuda_graphs = True
+    monkeypatch.setattr(train, "CudaRecorder", Fails)
+    monkeypatch.setattr(run, "resolve", lambda cfg, *_: (cfg, []))  # which knows that a CPU has none
+    with pytest.raises(RuntimeError, match=r"CUDA graphs: off from here on.*no room"):
+        training.start_ours(work)
 
 
 def test_muon_and_adamw_share_the_modern_baselines_parameters() -> None:
@@ -221,6 +244,9 @@ def test_the_bench_says_what_it_timed(preset: str, monkeypatch: pytest.MonkeyPat
         assert info["ratio"] > 0
         assert info["first_step_seconds"] > 0
         assert (info["mfu"], info["peak_bytes"], info["valid"]) == (None, None, True)
+    ours = shown.get("fastlm", {"cuda_graphs": False, "attention": "sdpa", "decisions": small.decisions})
+    assert (ours["cuda_graphs"], ours["attention"], ours["decisions"]) == (False, "sdpa", small.decisions)
+    assert any(line.startswith("CUDA graphs: off") for line in small.decisions)
 
 
 def test_a_race_ends_at_the_target_or_with_its_time() -> None:

@@ -18,8 +18,8 @@ from .attention import scaled_dot_product_attention, varlen_attn
 
 # A copied package registers a key of its own.
 KEY = _runtime.NAMESPACE
-# What only a model's own attention computes: sinks of gpt-oss, biases of T5, masked heads (transformers 4).
-_FOREIGN = ("s_aux", "position_bias", "head_mask")
+# What only a model's own attention computes: sinks of gpt-oss, biases of T5.
+_FOREIGN = ("s_aux", "position_bias")
 
 
 class Documents(NamedTuple):
@@ -130,8 +130,8 @@ def attention(
     _check_foreign(kwargs)
     causal = _is_causal(module, is_causal)
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "enable_gqa": query.shape[1] != key.shape[1]}
-    # A window counts a query's own position.
-    left = -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - 1
+    # A causal window counts a query's own position; transformers' masks of the others do not.
+    left = -1 if sliding_window is None or key.shape[2] <= sliding_window else sliding_window - causal
     window = (left, 0 if causal else left)
     if kwargs.get("cu_seq_lens_q") is not None:
         longest = max(kwargs.get("max_length_q") or query.shape[2], kwargs.get("max_length_k") or key.shape[2])
@@ -152,7 +152,8 @@ def attention(
 
 
 def _check_foreign(kwargs: dict[str, Any]) -> None:
-    for name in _FOREIGN:
+    # Version 5 takes masks of heads, and reads none.
+    for name in (*_FOREIGN, "head_mask") if _transformers_4 else _FOREIGN:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: the patched attention does not know it; patch with attention=False")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _hf_attention
 from .activation import geglu, gelu, relu_squared, silu, swiglu
@@ -54,6 +55,14 @@ class Patched:
         _, _, *state = super().__reduce_ex__(protocol)
         ours = next(base for base in type(self).__mro__ if base in ROLES)
         return restored, (ours, self._fastlm_original, self._fastlm_options), *state
+
+    def _replicate_for_data_parallel(self: Any) -> Any:
+        """nn.DataParallel's copy for one device: it makes an empty object by `__new__`, which here takes arguments."""
+        bare = object.__new__(self._fastlm_original)
+        bare.__dict__ = self.__dict__
+        replica = self._fastlm_original._replicate_for_data_parallel(bare)
+        replica.__class__ = type(self)
+        return replica
 
 
 def restored(ours: type, original: type, options: tuple[Any, ...]) -> Any:
@@ -172,14 +181,11 @@ def _attention_of(module: Any) -> Callable[..., Any]:
 def _is_bare(module: torch.nn.Module) -> bool:
     """Whether calling the module is its class's forward and nothing else, so that its parameters may be used alone."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in vars(module)
+    return not hooked and not _has_any_global_hook() and "forward" not in vars(module)
 
 
 class Model(Patched):
-    """A transformers model; options: (before_head, keep_logits), None for a model without a loss of ours.
-
-    before_head is what stands between the last hidden state and the head's matrix: the name of a function in HEADS.
-    """
+    """A transformers model; options: (the head's name in HEADS, keep_logits), None for one without a loss of ours."""
 
     @staticmethod
     def prepare(original: Any) -> dict[str, Any]:
@@ -197,7 +203,7 @@ class Model(Patched):
         return {
             # generate and Trainer read the signature.
             "forward": signed,
-            "_fastlm_names": tuple(parameters)[1:],
+            "_fastlm_names": tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:],
             "_fastlm_masks": bool(names & {"create_causal_mask", "create_sliding_window_causal_mask"})
             and {"attention_mask", "position_ids", "past_key_values"} <= set(parameters),
             "_fastlm_output": output,
@@ -207,14 +213,17 @@ class Model(Patched):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's own, but for a plain causal mask, which is none, and the loss while training."""
-        kwargs.update(zip(self._fastlm_names, args, strict=False))
+        given = dict(zip(self._fastlm_names, args, strict=False))
+        if len(given) < len(args) or given.keys() & kwargs.keys():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # which says what is wrong
+        kwargs |= given
         if self._fastlm_masks and self.config._attn_implementation == _hf_attention.KEY:
             _skip_mask(kwargs)
         if self._fastlm_options is not None and self.training and isinstance(kwargs.get("labels"), Tensor):
-            before_head, keep_logits = self._fastlm_options
+            head, keep_logits = self._fastlm_options
             shift = None if keep_logits else shift_of(self)
-            if shift is not None and _head_is_ours(self, kwargs):
-                return _with_loss(self, kwargs, HEADS[before_head], shift)
+            if shift is not None and _head_is_ours(self, HEADS[head], kwargs):
+                return _with_loss(self, HEADS[head], kwargs, shift)
         return super().forward(**kwargs)  # type: ignore[misc]
 
 
@@ -226,12 +235,13 @@ def _skip_mask(kwargs: dict[str, Any]) -> None:
     told = kwargs.get("cu_seq_lens_q") is not None
     if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    embeds = kwargs.get("inputs_embeds")
+    tokens = kwargs.get("input_ids") if embeds is None else embeds[..., 0]
     if tokens is None or (kwargs.get("position_ids") is not None and not told):
         return
     kwargs["attention_mask"] = _hf_attention.no_mask(tokens)
     if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        kwargs["position_ids"] = torch.arange(tokens.shape[-1], device=tokens.device)[None]
 
 
 def output_class(original: Any) -> Any:
@@ -253,27 +263,49 @@ def shift_of(model: Any) -> int | None:
     return {None: 1, "ForCausalLM": 1, "ForMaskedLM": 0}.get(getattr(model, "loss_type", None))
 
 
-def _head_is_ours(model: Any, kwargs: dict[str, Any]) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What stands between the last hidden state and the head's matrix, and the modules around both that are skipped.
+
+    caches: whether a decoder keeps a cache while it trains.
+    """
+
+    before: Callable[[Any, Tensor], Tensor]
+    around: tuple[str, ...] = ()
+    caches: bool = True
+
+
+def _head_is_ours(model: Any, head: Head, kwargs: dict[str, Any]) -> bool:
     """Whether the head is a plain matrix and the call asks for nothing but the loss."""
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or not _is_bare(head) or type(head.weight) not in (Tensor, torch.nn.Parameter):
+    matrix = model.get_output_embeddings()
+    skipped = [matrix, *(model.get_submodule(name) for name in head.around)]
+    if type(matrix) is not torch.nn.Linear or type(matrix.weight) not in (Tensor, torch.nn.Parameter):
         return False
     keep, wants_tuple = kwargs.get("logits_to_keep"), kwargs.get("return_dict")
     wants_tuple = not model.config.return_dict if wants_tuple is None else not wants_tuple
-    items = kwargs.get("num_items_in_batch")
     return (
-        (keep is None or (isinstance(keep, int) and keep == 0))
+        all(map(_is_bare, skipped))
+        and (keep is None or (isinstance(keep, int) and keep == 0))
         and not wants_tuple
-        and not (isinstance(items, Tensor) and items.dim() > 0)
+        and _is_count(kwargs.get("num_items_in_batch"))
     )
 
 
-def _with_loss(model: Any, kwargs: dict[str, Any], before_head: Callable[[Any, Tensor], Tensor], shift: int) -> Any:
+def _is_count(items: Any) -> bool:
+    """Whether `linear_cross_entropy` knows it: the model's own loss divides by whatever can be divided by."""
+    if isinstance(items, Tensor):
+        return items.dim() == 0
+    return items is None or type(items) is int
+
+
+def _with_loss(model: Any, head: Head, kwargs: dict[str, Any], shift: int) -> Any:
     """The model's result with the loss and without logits: the head's product and the loss in one function."""
     inputs = {name: value for name, value in kwargs.items() if name not in _LOSS_ARGUMENTS}
+    if not head.caches and "use_cache" in model._fastlm_names:
+        inputs["use_cache"] = False
     outputs = model.base_model(**inputs, return_dict=True)
-    hidden = before_head(model, outputs[0])
-    head = model.get_output_embeddings()
+    hidden = head.before(model, outputs[0])
+    matrix = model.get_output_embeddings()
     labels, ignored, items = kwargs["labels"].to(hidden.device), -100, None
     if model._fastlm_loss_function:
         # The others' own loss knows neither.
@@ -283,9 +315,9 @@ def _with_loss(model: Any, kwargs: dict[str, Any], before_head: Callable[[Any, T
         labels = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:] if given is None else given
     loss = linear_cross_entropy(
         hidden.flatten(0, -2),
-        head.weight,
+        matrix.weight,
         labels.reshape(-1).to(hidden.device),
-        linear_bias=head.bias,
+        linear_bias=matrix.bias,
         ignore_index=ignored,
         num_items=items,
         softcap=getattr(model.config, "final_logit_softcapping", None),
@@ -298,9 +330,11 @@ def _roberta_head(model: Any, hidden: Tensor) -> Tensor:
     return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden)))
 
 
-HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "linear": lambda model, hidden: hidden,
-    "bert": lambda model, hidden: model.cls.predictions.transform(hidden),
-    "roberta": _roberta_head,
+HEADS = {
+    "linear": Head(lambda model, hidden: hidden),
+    "bert": Head(
+        lambda model, hidden: model.cls.predictions.transform(hidden), ("cls", "cls.predictions"), caches=False
+    ),
+    "roberta": Head(_roberta_head, ("lm_head",), caches=False),
 }
 ROLES = (RMSNorm, Activation, GatedMLP, RotaryAttention, Model)

@@ -132,12 +132,19 @@ def unpatch(model: AnyModule) -> AnyModule:
     """Undo `patch`, exactly, in place, and return the model; harmless where nothing was patched.
 
     The configuration it had comes back too, unless the model's copy was changed meanwhile: then the copy stays.
+    ValueError, with nothing changed, where a class was made from a patched one, as fully_shard does.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"module: got {type(model).__name__}; give a torch.nn.Module")
-    for module in model.modules():
-        if _is_patched(module):
-            module.__class__ = _original(module)
+    patched = [module for module in model.modules() if _patched_class(module) is not None]
+    for module in patched:
+        if type(module) is not _patched_class(module):
+            raise ValueError(
+                f"module: got one of class {type(module).__name__}, made from a patched one; "
+                "patch and unpatch before fully_shard"
+            )
+    for module in patched:
+        module.__class__ = _original(module)
     _return_configs(model)
     return model
 
@@ -155,7 +162,7 @@ def _state(find: _Find) -> tuple[bool, str]:
     if find.switch == "attention":
         done = getattr(module, "config", None) is not None and _has_our_attention(module.config)
         return done, find.reason if done else _not_called("attention")
-    if _is_patched(module):
+    if _patched_class(module) is not None:
         attends = find.switch == "rotary" and _has_our_attention(getattr(module, "config", None))
         return True, find.reason + (", attention" if attends else "")
     return False, find.reason if find.replacement is None else _not_called(find.switch)
@@ -171,7 +178,7 @@ def _model_state(model: Any) -> tuple[bool, str]:
         known = ", ".join(FAMILIES)
         return False, f"architecture {config.model_type!r} is not known (known: {known}); nothing was touched"
     done = ["attention"] if _has_our_attention(config) else []
-    options = model._fastlm_options if _is_patched(model) else None
+    options = None if _patched_class(model) is None else model._fastlm_options
     if options is not None:
         done.append("the model's own loss, with logits" if options[1] else "loss without logits")
     why = _why_no_attention(model)
@@ -183,13 +190,14 @@ def _model_state(model: Any) -> tuple[bool, str]:
 
 def _original(module: Any) -> Any:
     """The module's own class, behind ours."""
-    kind = type(module)
-    return _ORIGINALS.get(kind, getattr(kind, "_fastlm_original", kind))
+    kind: Any = _patched_class(module)
+    return type(module) if kind is None else _ORIGINALS.get(kind) or kind._fastlm_original
 
 
-def _is_patched(module: torch.nn.Module) -> bool:
-    # Its very class: a subclass made since then by others (FSDP) is not ours to take away.
-    return "_fastlm_original" in vars(type(module)) or type(module) in _ORIGINALS
+def _patched_class(module: torch.nn.Module) -> type | None:
+    """The class that `patch` gave the module: its own, or behind one that others made since (FSDP); None without."""
+    kinds = type(module).__mro__
+    return next((kind for kind in kinds if "_fastlm_original" in vars(kind) or kind in _ORIGINALS), None)
 
 
 def _pretrained() -> Any:
@@ -321,6 +329,9 @@ def _why_no_attention(model: Any) -> str | None:
         return "attention: in this version of transformers the model does not look it up"
     if getattr(model.config, "output_attentions", False):
         return "attention: output_attentions=True wants its weights, which no kernel keeps"
+    # Then the masks that transformers builds are causal, and where it builds none its attention functions are not.
+    if getattr(model.config, "use_bidirectional_attention", None) and getattr(model.config, "is_causal", True):
+        return "attention: use_bidirectional_attention=True without config.is_causal=False depends on who attends"
     return None
 
 

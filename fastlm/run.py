@@ -262,6 +262,8 @@ def load_optimizer(
     if stored is not None and stored.optim.name != cfg.optim.name:
         return [f"optimizer: {cfg.optim.name} starts afresh, the checkpoint has the state of {stored.optim.name}"]
     restore_optimizer(model, optimizer, loaded.optimizer)
+    if stored is not None and stored.optim.state_bits != cfg.optim.state_bits:
+        return [f"optimizer: averages of {stored.optim.state_bits} bits, kept in {cfg.optim.state_bits} from here on"]
     return []
 
 

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm import checkpoint
 from fastlm.checkpoint import Scalar
-from fastlm.model import GPT, cut_vocabulary, pad_vocabulary
+from fastlm.model import GPT, VOCABULARY, cut_vocabulary, pad_vocabulary
+from fastlm_kernels.optim._eight_bits import LOWS, blocks_of
+from fastlm_kernels.optim._options import fit_states
 
 MASTER = "fastlm/master"  # the optimizers' key
 
@@ -57,17 +60,28 @@ def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
         name, _, state = key.partition("/")
         if state == MASTER:
             continue
+        if state in LOWS and isinstance(value, Tensor):  # one number for each block of the rows that are kept
+            rows = cut_vocabulary(name, parameters[name], model.vocab_size)
+            kept[key] = value[: blocks_of(rows.numel())]
+            continue
         by_row = isinstance(value, Tensor) and value.shape == parameters[name].shape
         kept[key] = cut_vocabulary(name, value, model.vocab_size) if by_row else value  # type: ignore[arg-type]
     return kept
 
 
 def restore_optimizer(model: GPT, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | Scalar]) -> None:
-    """Put back what `optimizer_tensors` gave; before `narrow`."""
+    """Put back what `optimizer_tensors` gave, in the width that `optimizer` keeps; before `narrow`."""
     parameters: dict[str, Any] = dict(model.named_parameters())
     padded: dict[str, Tensor | Scalar] = {}
     for key, value in tensors.items():
-        name = key.partition("/")[0]
-        known = isinstance(value, Tensor) and name in parameters
-        padded[key] = pad_vocabulary(name, value, parameters[name]) if known else value  # type: ignore[arg-type]
+        name, _, state = key.partition("/")
+        padded[key] = value
+        if not isinstance(value, Tensor) or name not in parameters:
+            continue
+        if state in LOWS and name in VOCABULARY:
+            missing = blocks_of(parameters[name].numel()) - value.numel()
+            padded[key] = F.pad(value, (0, max(0, missing)))
+        else:
+            padded[key] = pad_vocabulary(name, value, parameters[name])
     checkpoint.restore_optimizer(optimizer, parameters.items(), padded)
+    fit_states(optimizer)

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime
 from fastlm_kernels.optim._eight_bits import BLOCK, CODES, LOWS, M_OCTAVES, SMALLEST, V_OCTAVES, decode, encode
+from fastlm_kernels.optim._options import fit_states
 
 EVERYTHING = {"max_grad_norm": 1.0, "skip_nonfinite": True, "zero_grads": True}
 AVERAGES = (("exp_avg", M_OCTAVES), ("exp_avg_sq", V_OCTAVES))
@@ -263,6 +264,39 @@ def test_states_move_from_torch_to_8_bits_and_back(path: str, device: str) -> No
         assert set(back.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
         assert_equal([back.state[p]["exp_avg"], back.state[p]["exp_avg_sq"]], [m, v])
     run(back, params, range(5, 7))
+
+
+@pytest.mark.parametrize("bits", [(8, 32), (32, 8)], ids=str)
+def test_states_put_in_by_hand_are_kept_in_the_optimizers_width(bits: tuple[int, int], path: str, device: str) -> None:
+    """As a checkpoint's are, without `load_state_dict`: nothing starts again, nothing is left over."""
+    params = big(device=device)[:1]
+    first, second = make("AdamW", params, state_bits=bits[0]), make("AdamW", params, state_bits=bits[1])
+    run(first, params, range(2))
+    second.state[params[0]] = copy.deepcopy(first.state[params[0]])
+    if path == "torch":
+        fit_states(second)  # the kernels' plan looks for itself
+    before = averages(first.state[params[0]]) if bits[0] == 8 else [first.state[params[0]][k] for k, _ in AVERAGES]
+    params[0].grad = torch.zeros_like(params[0])
+    second.step()
+    state = second.state[params[0]]
+    assert set(state) == {"step", *(CODES + LOWS if bits[1] == 8 else ("exp_avg", "exp_avg_sq"))}
+    after = averages(state) if bits[1] == 8 else [state[key] for key, _ in AVERAGES]
+    for old, new in zip(before, after, strict=True):
+        assert 0.5 < float(new.abs().sum() / old.abs().sum()) < 1.0
+
+
+@pytest.mark.parametrize("change", ["low", "codes"])
+def test_states_of_another_size_are_refused(change: str, path: str, device: str) -> None:
+    """Not read, and not written, beyond their end."""
+    params = big(device=device)[:1]
+    optimizer = make("AdamW", params, state_bits=8)
+    run(optimizer, params, range(1))
+    state = optimizer.state[params[0]]
+    for key in CODES if change == "codes" else LOWS:
+        state[key] = state[key][:-1].clone()
+    optimizer.state[params[0]] = dict(state)
+    with pytest.raises((ValueError, RuntimeError), match=r"state_bits: .* load the state|size of tensor"):
+        run(optimizer, params, range(1, 2))
 
 
 def test_memory_order_is_the_parameters(path: str, device: str) -> None:

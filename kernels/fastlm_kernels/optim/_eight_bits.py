@@ -130,7 +130,8 @@ def encode(x: Tensor, octaves: int, noise: Tensor | None = None) -> tuple[Tensor
 
 
 def decode(codes: Tensor, low: Tensor, octaves: int) -> Tensor:
-    """What `encode` has stored, fp32 in the codes' shape and memory order."""
+    """What `encode` has stored, fp32 in the codes' shape and memory order. ValueError where LOW has another length."""
+    _check_length(codes, low)
     flat = codes.as_strided((codes.numel(),), (1,)).int()
     magnitude = flat & (8 * octaves - 1)
     base = (low.int() << 23).repeat_interleave(BLOCK)[: flat.numel()]
@@ -139,6 +140,15 @@ def decode(codes: Tensor, low: Tensor, octaves: int) -> Tensor:
         bits |= (flat & 0x80) << 24
     wide = torch.empty_like(codes, dtype=torch.float32)
     return wide.copy_(bits.view(torch.float32).as_strided(wide.shape, wide.stride()))
+
+
+def _check_length(codes: Tensor, low: Tensor) -> None:
+    """ValueError unless LOW has one byte for each block: the kernel reads and writes it unasked."""
+    if low.numel() != blocks_of(codes.numel()):
+        raise ValueError(
+            f"state_bits: {low.numel()} exponents beside codes of shape {tuple(codes.shape)}, which have "
+            f"{blocks_of(codes.numel())} blocks; load the state of the parameter as it is now"
+        )
 
 
 def narrow(state: dict[str, Any], param: Tensor, noise: dict[str, Tensor] | None = None) -> None:
@@ -157,7 +167,18 @@ def widen(state: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
 
 
 def prepare(state: dict[str, Any], param: Tensor) -> None:
-    """Every average of one parameter as codes in its memory order, those that are not there yet as 0."""
+    """Every average of one parameter as codes in its memory order, those that are not there yet as 0.
+
+    ValueError where what is there has the size of another parameter.
+    """
+    for codes, low in zip(CODES, LOWS, strict=True):
+        if codes in state:
+            _check_length(state[codes], state[low])
+            if state[codes].shape != param.shape:
+                raise ValueError(
+                    f"state_bits: codes of shape {tuple(state[codes].shape)} for a parameter of shape "
+                    f"{tuple(param.shape)}; load the state of the parameter as it is now"
+                )
     if any(codes in state and state[codes].stride() != param.stride() for codes in CODES):
         widen(state)
     narrow(state, param)

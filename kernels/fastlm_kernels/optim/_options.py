@@ -211,6 +211,12 @@ def finish_loading(optimizer: Any, state_dict: dict[str, Any]) -> None:
                 optimizer.state[p][key] = value.detach().to(p.device, copy=True)
     for group in optimizer.param_groups:
         check_group(optimizer, group)
+    fit_states(optimizer)
+
+
+def fit_states(optimizer: Any) -> None:
+    """Averages that came from elsewhere in the width that this optimizer keeps: for who writes `optimizer.state`."""
+    for group in optimizer.param_groups:
         for p in group["params"]:
             if _narrows(optimizer, group, p):
                 _eight_bits.narrow(optimizer.state.get(p, {}), p)

@@ -463,6 +463,8 @@ def make_member(
         step = STEP
     if options.state_bits == 8 and _eight_bits.covers(param):
         keys, lows = (*_eight_bits.CODES, None), _eight_bits.LOWS
+    else:
+        _eight_bits.widen(state, torch.float32 if options.wide else param.dtype)
     missing = [key for key in keys if key is not None and state.get(key) is None]
     has_master = options.master_weights and param.dtype != torch.float32
     if (missing or (has_master and MASTER not in state)) and capturing_graph(param.device):

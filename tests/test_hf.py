@@ -130,8 +130,8 @@ def _assert_equal_numbers(family: str, kind: str, dtype: torch.dtype = torch.flo
 # Eager attention, which gemma2 needs, gives a query without keys the mean of all values, and NaN in float64.
 CASES = [(family, "left" if family != "gemma2" else "right") for family in FAMILIES]
 CASES += [(family, kind) for family in ("llama", "gpt2", "bert", "mistral") for kind in ("plain", "right")]
-CASES += [("opt", "plain"), ("gemma", "plain")]
-CASES += [(family, "packed") for family in ("llama", "mistral", "opt", "gpt2", "gemma2")]
+CASES += [("opt", "plain"), ("gemma", "plain"), ("qwen2", "right"), ("roberta", "right")]
+CASES += [(family, "packed") for family in ("llama", "mistral", "opt", "gpt2", "gemma2", "qwen3", "phi")]
 # In the interpreter: every kind of mask, norm, MLP, rotation and head once.
 KERNELS = [("gpt2", "left"), ("bert", "right"), ("qwen3", "left"), ("gemma2", "right"), ("phi", "plain")]
 

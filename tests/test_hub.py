@@ -123,6 +123,27 @@ def test_a_layer_equals_the_module_it_stands_in_for(case: str, repository: Path)
 
 
 @pytest.mark.both_paths
+def test_an_rms_norm_in_bf16_rounds_once() -> None:
+    """Where the module rounds before the scale too: nearer the exact values, and no farther in the gradients."""
+    torch.manual_seed(0)
+    module: Any = _norm("llama").to(BF16)
+    with torch.no_grad():
+        module.weight.normal_()
+    x = torch.randn(64, WIDTH, dtype=BF16, requires_grad=True)
+    mine = _results(lambda x: layers.RMSNorm.forward(module, x), [module.weight], x)
+    theirs = _results(module, [module.weight], x)
+    wide, weight = (t.detach().double().requires_grad_() for t in (x, module.weight))
+    norm = torch.nn.functional.rms_norm
+    truth = _results(lambda x: norm(x, (WIDTH,), weight, module.variance_epsilon), [weight], wide)
+    assert all(t.dtype == BF16 for t in mine)
+    half_a_step = torch.finfo(BF16).eps / 2
+    assert ((mine[0] - truth[0]).abs() <= 1.001 * half_a_step * truth[0].abs()).all()
+    assert ((theirs[0] - truth[0]).abs() > 1.001 * half_a_step * truth[0].abs()).any()
+    for ours, own, exact in zip(mine, theirs, truth, strict=True):
+        assert (ours - exact).norm() <= 1.05 * (own - exact).norm()
+
+
+@pytest.mark.both_paths
 def test_a_model_of_transformers_runs_on_the_loaded_layers(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, MLPs and rotary embedding of a Llama: loss, logits and every gradient."""
     from transformers.models.llama import modeling_llama

@@ -48,7 +48,11 @@ class LayerNorm(_Layer):
 
 
 class RMSNorm(_Layer):
-    """The RMS norm of Llama, Qwen, Mistral: weight, variance_epsilon; rounded to the input's dtype, then scaled."""
+    """The RMS norm of Llama, Qwen, Mistral: weight, variance_epsilon.
+
+    Where input and weight are of one dtype it is scaled in fp32 and rounded once; where they differ, rounded to the
+    input's dtype and then scaled, as the module does everywhere.
+    """
 
     weight: Tensor
     variance_epsilon: float

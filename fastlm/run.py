@@ -34,6 +34,7 @@ from fastlm.weights import narrow, restore_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZER_BYTES = 8  # a parameter: two fp32 moments at most
+DEVICE_BOUND = ("model.kernels", "model.attention", "train.compile", "train.cuda_graphs")  # decided for a device
 TENSOR_CORE_ROWS = 128  # the head's rows are a multiple of this on a GPU
 
 
@@ -164,11 +165,15 @@ def holds_run(out: Path) -> bool:
 
 
 def adopt(cfg: Config, stored: Config) -> Config:
-    """`cfg` with what it leaves open (`auto`, derived nulls) as the stored run once decided it."""
+    """`cfg` with what it leaves open (`auto`, derived nulls) as the stored run once decided it.
+
+    What was decided for another device stays open.
+    """
     before, now = flatten(stored), flatten(cfg)
+    kept_open = ("resume", "device", *(DEVICE_BOUND if resolve_device(cfg.device) != stored.device else ()))
     for key, value in now.items():
         derived = value is None and key in (*DERIVED, "train.micro_batch_size")  # null there is auto
-        if key not in ("resume", "device") and (value == "auto" or derived):
+        if key not in kept_open and (value == "auto" or derived):
             now[key] = before[key]
     return build(Config, now)
 
@@ -176,7 +181,10 @@ def adopt(cfg: Config, stored: Config) -> Config:
 def refuse_difference(start: Start, cfg: Config) -> None:
     """Two configurations in one directory would be two runs mixed."""
     assert start.stored is not None
+    elsewhere = resolve_device(cfg.device) != start.stored.device
     for key, old, new in config_difference(start.stored, cfg):
+        if elsewhere and key in DEVICE_BOUND:
+            continue
         remedy = f"the run in {start.out} has {show(old)}; give that, or choose another --out"
         if start.checkpoint is not None:
             remedy += f", or --resume {start.checkpoint} to go on differently"

@@ -13,7 +13,10 @@ from test_model import build
 from tiny import events, final_weights, flags, record, spawn, train, write_corpus
 
 from fastlm import checkpoint
-from fastlm.config import OptimConfig, load_config
+from fastlm import train as train_module
+from fastlm.arguments import build as build_config
+from fastlm.arguments import flatten
+from fastlm.config import Config, OptimConfig, load_config
 from fastlm.errors import InputError
 from fastlm.optim import build_optimizer
 from fastlm.train import Trainer, main
@@ -198,6 +201,26 @@ def test_another_configuration_is_refused(change: list[str], corpus: Path, tmp_p
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("typed", [[], ["--train.cuda_graphs", "auto"], ["--model.kernels", "torch"]], ids=str)
+def test_a_run_begun_on_a_gpu_goes_on_without_one(
+    typed: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What was decided for the GPU is decided anew; the checkpoint is one that says what a GPU's would."""
+    gpu = {"model.kernels": "triton", "model.attention": "flash", "train.cuda_graphs": True, "train.compile": True}
+    dump = train_module.dump_config
+    with monkeypatch.context() as patch:
+        there = lambda cfg: dump(build_config(Config, flatten(cfg) | gpu | {"device": "cuda"}))  # noqa: E731
+        patch.setattr(train_module, "dump_config", there)
+        train_until(3, corpus, tmp_path / "run", "--train.save_every", "2")
+    capsys.readouterr()
+    assert train(corpus, tmp_path / "run", *typed, steps=STEPS) == 0
+    told = capsys.readouterr().out
+    assert "device: cpu, begun on cuda: results agree within rounding" in told
+    assert "CUDA graphs: off (not on cpu)" in told
+    cfg = load_config(max((tmp_path / "run/checkpoints").glob("step_*")) / "config.yaml")
+    assert (cfg.model.kernels, cfg.model.attention, cfg.train.cuda_graphs) == ("torch", "sdpa", False)
+
+
 def test_changed_data_is_refused(tmp_path: Path):
     corpus, out = write_corpus(tmp_path / "corpus.txt"), tmp_path / "run"
     train_until(5, corpus, out, *EVERY)
@@ -322,6 +345,20 @@ def test_a_path_may_differ_and_branch(corpus: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"embed\.weight"):
         train(corpus, tmp_path / "third", "--resume", str(first), "--model.n_embd", "32", steps=9)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("bits", [("8", "32"), ("32", "8")], ids=str)
+def test_the_averages_width_may_differ(
+    bits: tuple[str, str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    wide = ["--optim.name", "adamw", "--model.n_embd", "64", "--optim.state_bits"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(corpus, first, *wide, bits[0], steps=3)
+    assert train(corpus, second, "--resume", str(first), *wide, bits[1], steps=5) == 0
+    assert f"optimizer: averages of {bits[0]} bits, kept in {bits[1]} from here on" in capsys.readouterr().out
+    found = checkpoint.load(max((second / "checkpoints").glob("step_*"))).optimizer
+    assert ("blocks.0.mlp.up.weight/fastlm/exp_avg" in found) == (bits[1] == "8")
+    assert ("blocks.0.mlp.up.weight/exp_avg" in found) == (bits[1] == "32")
 
 
 def test_a_run_without_a_checkpoint_starts_again(corpus: Path, tmp_path: Path):

@@ -25,12 +25,12 @@ SKIPPED, TRACED = 2, 3  # updates: compilation and recording come first
 # The first pattern found in the name of a kernel or an operator decides.
 FAMILIES = (
     ("attention", r"attention|flash|fmha|sdpa"),
-    ("loss", r"cross_entropy|log_softmax|nll_loss"),
-    ("norm", r"rms_norm|layer_norm|add_norm|rsqrt"),
+    ("loss", r"cross_entropy|log_softmax|\bsoftmax_(forward|backward)_kernel|nll_loss"),
+    ("norm", r"rms_norm|layer_norm|add_norm|rsqrt|\bnorm_(forward|backward|weight)|sum_partials"),
     ("rotary", r"rotary|rope"),
     ("optimizer", r"fused_adam|update_kernel|norm_partial|control_kernel|momentum|newton|symmetric|foreach|optimizer"),
     ("embedding", r"embedding|index_select|radixsort"),
-    ("activation", r"gelu|relu|silu"),
+    ("activation", r"gelu|relu|silu|\b(unary|gated)_"),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|\b(add)?mm\b|\bbmm\b|linear|matmul"),
     ("copies", r"memcpy|memset|copy|clone|\bcat\b|contiguous|fill|zero"),
 )
@@ -67,6 +67,8 @@ class StepProfile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.cfg.train.profile and self.calls <= SKIPPED:
+            self.note(f"profile: none, the run ended before update {SKIPPED + 1} of this start")
         self.close()
 
     def _start(self) -> None:
@@ -102,7 +104,8 @@ def milliseconds(averages: Iterable[Any], updates: int, device: torch.device) ->
     times: dict[str, float] = {}
     for event in averages:
         if device.type == "cuda":  # operators carry their kernels' time too: count kernels alone
-            own = event.self_device_time_total if event.device_type.name == "CUDA" else 0.0
+            counts = event.device_type.name == "CUDA" and not event.is_user_annotation  # a range spans kernels
+            own = event.self_device_time_total if counts else 0.0
         else:
             own = event.self_cpu_time_total
         if own:

@@ -1,5 +1,6 @@
 """The training step's forms: captured, with masters, padded, compiled; what none of them may do."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from test_resume import STEPS, train_until
 from tiny import events, final_weights, record, train, write_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastlm_kernels as fk
 from fastlm import resolve, step_profile
 from fastlm import train as train_module
 from fastlm.capture import CapturedStep
@@ -468,7 +470,12 @@ class TestProfile:
             ("nvjet_sm90_tst_128x256_64x4", "matrix products"),
             ("flash_fwd_kernel", "attention"),
             ("cross_entropy_forward_kernel", "loss"),
-            ("rms_norm_backward_kernel", "norm"),
+            ("norm_weight_gradient_kernel", "norm"),
+            ("rotary_norm_backward_kernel", "rotary"),
+            ("gated_forward_kernel", "activation"),
+            ("unary_backward_kernel", "activation"),
+            ("sum_partials_kernel", "norm"),
+            ("norm_partial_kernel", "optimizer"),
             ("Memcpy DtoD (Device -> Device)", "copies"),
             ("aten::addmm", "matrix products"),
             ("update_kernel", "optimizer"),
@@ -477,6 +484,31 @@ class TestProfile:
     )
     def test_names_tell_families(self, name: str, family: str):
         assert step_profile.family(name) == family
+
+    def test_every_kernel_of_ours_has_a_family(self):
+        """Those that the committed report of binaries names: every one that a public function launches."""
+        report = next(Path(fk.__file__).parent.glob("aot_report_triton_*.csv"))
+        with report.open() as file:
+            next(file)  # what it was made from
+            names = {row["kernel"] for row in csv.DictReader(file)}
+        assert {"norm_forward_kernel", "update_kernel", "unary_forward_kernel"} <= names
+        assert {name for name in names if step_profile.family(name) == step_profile.OTHER} == set()
+
+    def test_a_range_that_spans_kernels_is_not_counted(self):
+        def event(key: str, spans: bool) -> Any:
+            kind = types.SimpleNamespace(name="CUDA")
+            return types.SimpleNamespace(
+                key=key, device_type=kind, self_device_time_total=3e3, is_user_annotation=spans
+            )
+
+        events = [event("update_kernel", False), event("Optimizer.step#AdamW.step", True)]
+        assert step_profile.milliseconds(events, 3, torch.device("cuda")) == {"optimizer": 1.0}
+
+    def test_a_run_too_short_to_profile_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        out = tmp_path / "run"
+        train(write_corpus(tmp_path / "corpus.txt"), out, "--train.profile", "true", steps=2)
+        assert "profile: none, the run ended before update 3" in capsys.readouterr().out
+        assert not (out / "profile").exists()
 
 
 class TestMemory:

@@ -38,6 +38,7 @@ WEIGHTS = {
     "norms": 30,
     "adamw": 15,
     "train_larger": 30,
+    "hugging_face": 40,
     "time_to_loss": 25,
 }
 _START_SECONDS = 120  # of a worker's first words: imports, a CUDA context

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from bench import device, kernel_items, training_items
+from bench import device, hf_items, kernel_items, training_items
 from bench.kernel_items import Task
 from fastlm.errors import InputError
 
@@ -26,7 +26,7 @@ _FATAL = ("CUDA error", "Triton Error [CUDA]", "device-side assert", "CUDNN_STAT
 
 def tasks() -> dict[str, list[Task]]:
     """Everything that this device has to prove, by part, the most important first."""
-    return {**kernel_items.tasks(), **training_items.tasks()}
+    return {**kernel_items.tasks(), **training_items.tasks(), **hf_items.tasks()}
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 """Everything that one GPU has to prove, in one call of under 9 minutes.   python -m bench.full_run --out DIR
 
 Most important first: every kernel right on this device; attention beside each SDPA backend forced alone; training at
-124M beside a plain compiled model; cross-entropy; norms; the optimizer; larger models; the way to a loss. Each figure
-is in DIR/full_run.json the moment it is known, and the call may be stopped or killed at any time: the same call goes
-on with what is missing. A short table comes last.
+124M beside a plain compiled model; cross-entropy; norms; the optimizer; larger models; Hugging Face models, where
+transformers is installed; the way to a loss. Each figure is in DIR/full_run.json the moment it is known, and the call
+may be stopped or killed at any time: the same call goes on with what is missing. A short table comes last.
 
 Needs torch, triton, numpy, pytest and pytest-benchmark; nothing has to be installed, nothing is fetched. Without a GPU
 the same is done on the CPU at small sizes, in about a minute.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_imports import BLOCK, OPTIONAL
 
-from bench import conductor, full_run, kernel_items, record, training_items
+from bench import conductor, full_items, full_run, hf_items, kernel_items, record, training_items
 from bench.conductor import Conductor
 from bench.record import ABOUT, RESULTS, STATE, Record, Row
 from fastlm.errors import InputError
@@ -254,14 +254,15 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments: list[str], key: str
     assert not (tmp_path / "new").exists()
 
 
-NAMES = ("attention.", "layer_norm.", "rms_norm.", "cross_entropy.", "linear_cross_entropy.", "adamw.", "train_124m")
+NAMES = ("attention.", "layer_norm.", "rms_norm.", "cross_entropy.", "linear_cross_entropy.", "adamw.")
+NAMES += ("train_124m", "hf.")
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 def test_every_name_of_design_5_is_planned(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kernel_items, training_items):
+    for module in (kernel_items, training_items, hf_items):
         monkeypatch.setattr(module, "GPU", gpu)
-    planned = {**kernel_items.tasks(), **training_items.tasks()}
+    planned = full_items.tasks()
     assert set(planned) == set(conductor.WEIGHTS)
     names = [task.name for tasks in planned.values() for task in tasks]
     assert len(set(names)) == len(names)

@@ -51,7 +51,7 @@ def test_explain_refuses_what_does_not_ask(fn: Callable[..., Any]) -> None:
 
 def test_every_public_function_on_tensors_can_be_explained() -> None:
     """Each is marked: it asks before it computes, or is PyTorch's op."""
-    others = {"backend", "explain", "patch", "unpatch", "Explanation", "hf", "nn", "optim"}
+    others = {"backend", "explain", "patch", "unpatch", "Explanation", "hf", "layers", "nn", "optim"}
     unmarked = {n for n in fk.__all__ if not {"_asks", "_without_kernel"} & set(vars(getattr(fk, n)))}
     assert unmarked == others
 

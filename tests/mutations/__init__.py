@@ -13,6 +13,7 @@ from mutations import (
     activation,
     attention,
     cross_entropy,
+    hf,
     linear_cross_entropy,
     norm,
     optim,
@@ -30,5 +31,6 @@ MUTATIONS = (
     *linear_cross_entropy.MUTATIONS,
     *attention.MUTATIONS,
     *optim.MUTATIONS,
+    *hf.MUTATIONS,
     *runtime.MUTATIONS,
 )

@@ -525,6 +525,38 @@ def test_a_query_with_one_key_in_sight_has_no_gradient(dtype: torch.dtype, kerne
 
 
 @kernels
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("keys", "window"), [(5, (-1, 0)), (5, (0, 0)), (1, (-1, -1)), (None, (-1, 0))], ids=str)
+def test_the_log_sum_exp_of_one_key_has_its_gradient(
+    keys: int | None, window: tuple[int, int], one_pass: bool, kernel_device: str
+) -> None:
+    """That of the one score: a causal sequence's first query, a window of one, a single key, packed documents' first.
+
+    Beside the output's gradient, to which such a query adds nothing.
+    """
+    options: dict[str, Any] = {"window_size": window, "return_lse": True, "deterministic": not one_pass}
+    torch.manual_seed(0)
+    if keys is None:
+        q, k, v = (torch.randn(5, 2, 16, device=kernel_device, requires_grad=True) for _ in range(3))
+        starts = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=kernel_device)
+        call: Any = partial(fk.varlen_attn, q, k, v, starts, starts, 3, 3, **options)
+    else:
+        q, k, v = (torch.randn(1, 2, n, 16, device=kernel_device, requires_grad=True) for n in (5, keys, keys))
+        call = partial(fk.scaled_dot_product_attention, q, k, v, **options)
+    assert fk.explain(call.func, *call.args, **options).path == "triton"
+    found = call()
+    upstream = tuple(torch.randn_like(x) for x in found)
+    with fk.backend("torch"):
+        expected = call()
+    for given in ((None, upstream[1]), upstream):
+        pairs = [(a, b, dy) for a, b, dy in zip(found, expected, given, strict=True) if dy is not None]
+        ours, theirs, dys = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(ours, (q, k), dys, retain_graph=True)
+        for grad, wanted in zip(grads, torch.autograd.grad(theirs, (q, k), dys, retain_graph=True), strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@kernels
 @pytest.mark.parametrize("options", [{}, {"window_size": (9, -1)}, {"softcap": 3.0}], ids=str)
 def test_a_causal_query_never_sees_a_later_key(options: dict[str, Any], kernel_device: str) -> None:
     arguments = _inputs(kernel_device, rows=150) | options
@@ -713,6 +745,26 @@ def test_descriptors_want_rows_on_16_byte_boundaries(kernel_device: str, monkeyp
             fk.scaled_dot_product_attention(*call), F.scaled_dot_product_attention(*call), rtol=1e-2, atol=1e-3
         )
     assert noted == [("specialized", 4, 128), *[("pointers", 8, 64)] * 3]
+
+
+@kernels
+@pytest.mark.parametrize("loads", ["descriptors", "specialized"])
+def test_packed_documents_are_read_by_pointers(loads: Any, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may be empty, and a descriptor of no rows is none."""
+    present = configs.ATTENTION_FORWARD["generic"][0]
+    monkeypatch.setitem(configs.ATTENTION_FORWARD, "generic", (replace(present, loads=loads),))
+    launches: list[dict[str, Any]] = []
+    launch = _runtime.launch
+
+    def noted(*given: Any, **options: Any) -> None:
+        launches.append(options)
+        launch(*given, **options)
+
+    monkeypatch.setattr(_runtime, "launch", noted)
+    fk.varlen_attn(*_documents(kernel_device, torch.float16), enable_gqa=True)
+    assert [(options["PACKED"], options["DESCRIPTORS"], options["SPECIALIZED"]) for options in launches] == [
+        (True, False, False)
+    ]
 
 
 # Packed documents on the kernel.

@@ -84,6 +84,21 @@ def test_descriptors_are_tried_where_the_hardware_has_them() -> None:
     assert configs.ATTENTION_FORWARD["sm_90"] == (best,)
 
 
+@pytest.mark.parametrize(
+    "subject", [subject for subject in SUBJECTS if subject.table.startswith("ATTENTION")], ids=lambda s: s.table
+)
+def test_attention_is_judged_where_its_loops_go_round(subject: Subject) -> None:
+    """Three tiles or more of queries and of keys, whichever tile is on trial; where one query is timed, of keys."""
+    for architecture in configs.ARCHITECTURES:
+        for present in configs.rows_of(subject.table, architecture):
+            case = tune.bucket_case(subject, present, tune.kernel_named(subject.kernel))
+            checked = tune.checked_case(subject, case)
+            assert checked["columns"] == case["columns"]
+            for tile in (present, *tune.candidates(present, loops=True), *tune.descriptor_candidates(present)):
+                assert checked.get("keys", checked["rows"]) >= 3 * tile.block_n
+                assert checked["rows"] >= 3 * tile.block_m or case["rows"] == 1
+
+
 def test_the_fastest_wins() -> None:
     """And the line says by how much."""
     best, line = tune.tune_bucket(FORWARD, 2, "sm_90", clock({8: 0.5}))

@@ -663,6 +663,8 @@ _ATTENTION_SMALL: tuple[Case, ...] = (
     {"rows": 33, "columns": 40, "values": 24, "keys": 50, "heads": 1, "window": (7, 3), "causal": False},
     {"rows": 20, "columns": 16, "keys": 70, "align": "bottom_right", "window": (40, -1), "lse": True},
     {"rows": 40, "columns": 16, "keys": 20, "align": "bottom_right"},
+    {"rows": 33, "columns": 16, "heads": 2, "lse": True},
+    {"rows": 33, "columns": 16, "heads": 2, "lse": True, "one_pass": True},
     {"rows": 19, "columns": 20, "keys": 40, "softcap": 3.0, "padded": True, "batch": 2, "causal": False},
     {"rows": 33, "columns": 16, "keys": 67, "masked": (), "batch": 2, "causal": False, "scale": 0.4},
     {"rows": 33, "columns": 16, "keys": 67, "masked": (0, 1), "window": (-1, 40), "causal": False, "softcap": 2.0},

@@ -9,6 +9,7 @@ ONE_PASS = ACCURATE.format(
     "scaled_dot_product_attention-rows67-columns24-keys131-heads4-kv_heads2-alignbottom_right-one_pass-float32"
 )
 SAME = "test_attention.py::test_one_pass_gives_the_gradients_of_two[{}]"
+LONE_KEY = "test_attention.py::test_the_log_sum_exp_of_one_key_has_its_gradient[{}]"
 DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[alignbottom_right-descriptors]"
 
 MUTATIONS = (
@@ -113,9 +114,37 @@ MUTATIONS = (
     Mutation(
         "attention: a lone key's gradient is rounding noise",
         "attention/_backward_keys.py",
-        "            if on_edge or S == 1:\n",
-        "            if on_edge and S < 0:\n",
+        "            if not HAS_DLSE and (on_edge or S == 1):\n",
+        "            if not HAS_DLSE and (on_edge and S < 0):\n",
         "test_attention.py::test_a_query_with_one_key_in_sight_has_no_gradient[torch.float32]",
+    ),
+    Mutation(
+        "attention: dk of a lone key's log-sum-exp taken for noise",
+        "attention/_backward_keys.py",
+        "            if not HAS_DLSE and (on_edge or S == 1):\n",
+        "            if (not HAS_DLSE or not HAS_DQ) and (on_edge or S == 1):\n",
+        LONE_KEY.format("5-(-1, 0)-False"),
+    ),
+    Mutation(
+        "attention: one pass takes a lone key's log-sum-exp for noise",
+        "attention/_backward_keys.py",
+        "            if not HAS_DLSE and (on_edge or S == 1):\n",
+        "            if (not HAS_DLSE or HAS_DQ) and (on_edge or S == 1):\n",
+        LONE_KEY.format("1-(-1, -1)-True"),
+    ),
+    Mutation(
+        "attention: dq of a lone key's log-sum-exp taken for noise",
+        "attention/_backward_queries.py",
+        "        if MASKED and not HAS_DLSE:\n",
+        "        if MASKED:\n",
+        ACCURATE.format("scaled_dot_product_attention-rows33-columns16-heads2-lse-float32"),
+    ),
+    Mutation(
+        "attention: descriptors of documents, which may be empty",
+        "attention/_operators.py",
+        "    if extras.cu_q is not None:\n        return",
+        "    if extras.cu_q is not None and extras.used_k is not None:\n        return",
+        "test_attention.py::test_packed_documents_are_read_by_pointers[descriptors]",
     ),
     Mutation(
         "attention: packed queries of the next document attend",

@@ -77,17 +77,17 @@ def launch_backward(
         return grads
     q, k, v, do = readable(q), readable(k), readable(v), readable(do)
     inputs = (q, k, v, do, _launch_delta(out, do, lse, dlse), lse)
-    keys = needs[1] or needs[2]
+    keys, has_dlse = needs[1] or needs[2], dlse is not None
     one_pass = not options.deterministic and max(q.shape[-1], v.shape[-1]) <= _WIDEST_IN_ONE_PASS
     if keys and needs[0] and one_pass:
         sums = torch.zeros(q.shape, dtype=accumulator(q.dtype)[0], device=q.device)
-        launch_keys(inputs, grads, extras, options, needs, sums)
+        launch_keys(inputs, grads, extras, options, needs, has_dlse, sums)
         grads[0].copy_(sums)
         return grads
     if keys:
-        launch_keys(inputs, grads, extras, options, needs)
+        launch_keys(inputs, grads, extras, options, needs, has_dlse)
     if needs[0]:
-        launch_queries(inputs, grads[0], extras, options)
+        launch_queries(inputs, grads[0], extras, options, has_dlse)
     return grads
 
 

@@ -94,6 +94,7 @@ def attention_dkdv_kernel(
     HAS_DROPOUT: tl.constexpr,
     PACKED: tl.constexpr,
     USED: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     HAS_DQ: tl.constexpr,
     HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr,
@@ -101,7 +102,8 @@ def attention_dkdv_kernel(
 ):
     """dk and dv of one tile of keys of one head of keys, over the queries of all heads that read it, in order.
 
-    HAS_DQ  the tile's part of dq too, added to DQ, dense, by atomics
+    HAS_DLSE  DELTA holds the log-sum-exp's gradient, which a lone key has too
+    HAS_DQ    the tile's part of dq too, added to DQ, dense, by atomics
     """
     tile, batch, key_head = place(tl.program_id(0), tiles, rows_of_heads, heads, section, False)
     begin_q, begin_k, at_batch, T, S, stored, shift = lengths(
@@ -183,7 +185,7 @@ def attention_dkdv_kernel(
             delta = tl.load(DELTA + at + m, mask=rows_ok, other=0.0)
             dp = tl.dot(v, tl.trans(do), input_precision="ieee", out_dtype=ACC)
             ds = score_gradient(p, dp, delta[None, :], slope, kept, dropout, HAS_SOFTCAP, HAS_DROPOUT)
-            if on_edge or S == 1:
+            if not HAS_DLSE and (on_edge or S == 1):
                 ds = tl.where(alone(rows, sight, HAS_LEFT, HAS_RIGHT)[None, :], 0.0, ds)
             ds = ds.to(q.dtype)
         if HAS_DK:
@@ -214,6 +216,7 @@ def launch_keys(
     extras: Extras,
     options: Options,
     needs: Sequence[bool],
+    has_dlse: bool,
     dq_sums: Tensor | None = None,
 ) -> None:
     """dk and dv of `grads` as `needs` says; with `dq_sums`, dense zeros, dq is added to them."""
@@ -221,7 +224,9 @@ def launch_keys(
     table, most = configs.ATTENTION_DKDV, configs.ATTENTION_DKDV_MASKED
     if dq_sums is not None:
         table, most = configs.ATTENTION_ONE_PASS, configs.ATTENTION_ONE_PASS_MASKED
-    config = config_of(table, configs.ATTENTION_FP32, q, v, None if extras.mask is None else most)
+    # With the log-sum-exp's gradient one pass over full tiles of 128 channels spills 48 bytes on sm_90.
+    crowded = extras.mask is not None or (has_dlse and dq_sums is not None)
+    config = config_of(table, configs.ATTENTION_FP32, q, v, most if crowded else None)
     batch, queries, keys = documents_of(q, k, extras, options)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     query_bytes = group * queries * (q.shape[-1] + v.shape[-1]) * q.itemsize
@@ -239,6 +244,7 @@ def launch_keys(
         ),
         **launch_options(config, q, v, unit),
         **switches_of(extras, options),
+        HAS_DLSE=has_dlse,
         HAS_DQ=dq_sums is not None,
         HAS_DK=needs[1],
         HAS_DV=needs[2],

@@ -59,6 +59,7 @@ def _gather_keys(
     HAS_KEY_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Add what the keys begin .. end give to dq of one tile of queries."""
@@ -96,7 +97,7 @@ def _gather_keys(
             kept = kept_by(seed, head, rows, cols[None, :], dropout)
         dp = tl.dot(do, v, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
         ds = score_gradient(p, dp, delta, slope, kept, dropout, HAS_SOFTCAP, HAS_DROPOUT)
-        if MASKED:
+        if MASKED and not HAS_DLSE:
             ds = tl.where(alone(rows, sight, HAS_LEFT, HAS_RIGHT), 0.0, ds)
         # dq = ds k
         dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
@@ -169,9 +170,10 @@ def attention_dq_kernel(
     HAS_DROPOUT: tl.constexpr,
     PACKED: tl.constexpr,
     USED: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dq of one tile of queries of one head."""
+    """dq of one tile of queries of one head; with HAS_DLSE, DELTA holds the log-sum-exp's gradient too."""
     tile, batch, head = place(tl.program_id(0), tiles, rows_of_heads, heads, section, HAS_RIGHT)
     begin_q, begin_k, at_batch, T, S, _, shift = lengths(CU_Q, CU_K, USED_K, batch, T, S, BOTTOM_RIGHT, PACKED, USED)
     start = tile * BLOCK_M
@@ -239,13 +241,14 @@ def attention_dq_kernel(
             HAS_KEY_MASK,
             HAS_SOFTCAP,
             HAS_DROPOUT,
+            HAS_DLSE,
             ACC,
         )
     dq_at = DQ + (at_batch * stride_dqb + wide_head * stride_dqh + (begin_q + wide_rows) * stride_dqt) * UNIT
     tl.store(dq_at + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=rows_ok[:, None] & (d < D)[None, :])
 
 
-def launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, extras: Extras, options: Options) -> None:
+def launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, extras: Extras, options: Options, has_dlse: bool) -> None:
     q, k, v, do, _, _ = inputs
     most = None if extras.mask is None else configs.ATTENTION_DQ_MASKED
     config = config_of(configs.ATTENTION_DQ, configs.ATTENTION_DQ_FP32, q, v, most)
@@ -265,4 +268,5 @@ def launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, extras: Extras, optio
         ),
         **launch_options(config, q, v, unit),
         **switches_of(extras, options),
+        HAS_DLSE=has_dlse,
     )

@@ -66,8 +66,10 @@ def _most(extras: Extras) -> configs.AttentionTiles | None:
 def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:
     """Whether the tiles can be loaded as the configuration says: descriptors want rows on 16-byte boundaries.
 
-    Warps that only load cannot load masks, which have no descriptors.
+    Warps that only load cannot load masks, which have no descriptors. A packed document may be empty, a descriptor not.
     """
+    if extras.cu_q is not None:
+        return config.loads == "pointers"
     if config.loads == "specialized" and (extras.mask is not None or extras.key_mask is not None):
         return False
     rows = (x.shape[-1] % unit_of(x) == 0 and steps_of(x)[2] >= x.shape[-1] for x in tensors)

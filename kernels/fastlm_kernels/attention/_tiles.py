@@ -245,7 +245,10 @@ def score_gradient(p, dp, delta, slope, kept, dropout, HAS_SOFTCAP: tl.constexpr
 
 @kernel()
 def alone(rows, sight, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which queries have one key in sight, as a causal sequence's first: dp and delta differ by rounding alone."""
+    """Which queries have one key in sight, as a causal sequence's first: dp and delta differ by rounding alone.
+
+    Not so where delta holds the log-sum-exp's gradient.
+    """
     S, shift, left, right = sight
     last = tl.zeros_like(rows) + (S - 1)
     if HAS_RIGHT:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fastlm.config import Config, ModelConfig, micro_batch_size
 from fastlm.flops import parameters
+from fastlm_kernels.optim._eight_bits import BLOCK
 
 KERNELS_PLAN_SHARE = 1 / 8  # of logits and their gradient: the most that our linear cross-entropy works in
 FP32 = 4
@@ -54,7 +55,7 @@ def step_memory(cfg: Config, vocab_size: int) -> StepMemory:
     return StepMemory(
         weights=total * (FP32 if size == FP32 else size + FP32),
         gradients=total * gradient_size,
-        optimizer=_moments(cfg, total),
+        optimizer=moment_bytes(cfg, total),
         activations=stem_bytes(model, tokens, size) + model.n_layer * block_bytes(model, tokens, size, recompute),
         head=_head(cfg, vocab_size, tokens, size),
         block=recomputed + backward,
@@ -88,14 +89,17 @@ def _head(cfg: Config, vocab_size: int, tokens: int, size: int) -> int:
     return int(logits * KERNELS_PLAN_SHARE) + sums
 
 
-def _moments(cfg: Config, total: int) -> int:
-    """The optimizer's state, fp32."""
+def moment_bytes(cfg: Config, total: int) -> int:
+    """The optimizer's state: fp32, or Adam's averages in 8 bits (as if small parameters had them too)."""
     optim = cfg.optim
+    adam = 2 * FP32 if optim.state_bits == 32 else 2 * (1 + 1 / BLOCK)
     if optim.name == "muon":
         matrices = _matrices(cfg.model)
-        return FP32 * (matrices + 2 * (total - matrices))
+        return int(FP32 * matrices + adam * (total - matrices))
+    if optim.name in ("adam", "adamw"):
+        return int(adam * total)
     momentum = optim.momentum > 0
-    moments = {"adam": 2, "adamw": 2, "adadelta": 2, "adagrad": 1, "sgd": momentum, "rmsprop": 1 + momentum}
+    moments = {"adadelta": 2, "adagrad": 1, "sgd": momentum, "rmsprop": 1 + momentum}
     return FP32 * int(moments[optim.name]) * total
 
 

@@ -19,6 +19,7 @@ import torch
 from fastlm.config import Config, micro_batch_size
 from fastlm.flops import flops_per_token, parameters, peak_bandwidth, peak_flops
 from fastlm.log import warn
+from fastlm.memory import moment_bytes
 
 SKIPPED, TRACED = 2, 3  # updates: compilation and recording come first
 
@@ -143,16 +144,16 @@ def traffic(cfg: Config, vocab_size: int) -> dict[str, float]:
     return {
         "norm": float(norms),
         "loss": 2.0 * tokens * vocab_size * size,
-        "optimizer": float(parameters(cfg.model, vocab_size).total * _optimizer_bytes(cfg, size)),
+        "optimizer": float(_optimizer_bytes(cfg, parameters(cfg.model, vocab_size).total, size)),
     }
 
 
-def _optimizer_bytes(cfg: Config, size: int) -> int:
-    """A parameter's share of an AdamW step with the norm's pass over the gradients; Muon keeps one moment less."""
+def _optimizer_bytes(cfg: Config, total: int, size: int) -> int:
+    """A step with the norm's pass over the gradients; every average is read and written."""
     gradient = 4 if micro_batch_size(cfg, cfg.train.batch_size) < cfg.train.batch_size else size
-    moments = 8 if cfg.optim.name == "muon" else 16
     copy = size if size < 4 else 0
-    return 2 * gradient + moments + 8 + copy  # gradients twice, the master read and written
+    plain = 2 * gradient + 8 + copy  # gradients twice, the master read and written
+    return total * plain + 2 * moment_bytes(cfg, total)
 
 
 def render(times: dict[str, float], least: dict[str, float]) -> str:

@@ -233,7 +233,7 @@ def test_rows_past_num_classes_stand_for_no_class(kernel_device: str, reduction:
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("classes", "bias"), [(0, False), (12, False), (True, False), (5, True)])
+@pytest.mark.parametrize(("classes", "bias"), [(0, False), (12, False), (True, False), (5.0, False), (5, True)])
 def test_num_classes_cuts_a_plain_head(classes: int, bias: bool) -> None:
     input, linear_weight, added, target, _ = _inputs()
     with pytest.raises(ValueError, match="num_classes"):

@@ -531,6 +531,23 @@ class TestMemory:
         estimate = stem_bytes(model.cfg, count, 4) + 2 * block_bytes(model.cfg, count, 4, recompute)
         assert estimate == pytest.approx(measured, rel=0.05)
 
+    @pytest.mark.parametrize(("name", "bits"), [("muon", 32), ("muon", 8), ("adamw", 32), ("adamw", 8), ("sgd", 32)])
+    def test_averages_take_what_the_estimate_says(self, name: str, bits: int):
+        """In memory, and read and written once each against the floor of the optimizer's time."""
+        rule = OptimConfig(name=name, state_bits=bits)  # type: ignore[arg-type]
+        model = build("modern", n_embd=128, vocab_size=509)
+        optimizer = build_optimizer(rule, model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        measured = sum(value.numel() * value.element_size() for value in kept)
+        cfg = Config(model=model.cfg, optim=rule, train=TrainConfig(micro_batch_size=32, precision="fp32"))
+        assert step_memory(cfg, 509).optimizer == pytest.approx(measured, rel=0.01)
+        total = sum(p.numel() for p in model.parameters())
+        moved = step_profile.traffic(cfg, 509)["optimizer"]
+        assert moved == pytest.approx(16 * total + 2 * measured, rel=0.01)
+
     def test_the_parts_follow_the_run(self):
         def parts(**train: Any) -> Any:
             cfg = Config(train=TrainConfig(batch_size=8, **{"micro_batch_size": 8, "precision": "bf16", **train}))

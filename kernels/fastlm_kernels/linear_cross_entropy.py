@@ -585,7 +585,7 @@ def _check_num_classes(num_classes: int | None, linear_weight: Any, linear_bias:
     if num_classes is None:
         return
     rows = linear_weight.shape[0] if isinstance(linear_weight, Tensor) and linear_weight.dim() == 2 else 0
-    if linear_bias is not None or isinstance(num_classes, bool) or not 1 <= num_classes <= rows:
+    if linear_bias is not None or type(num_classes) is not int or not 1 <= num_classes <= rows:
         raise ValueError(
             f"num_classes: got {num_classes!r} for a head of {rows} rows (with bias: {linear_bias is not None}); give "
             "1 to its rows and no linear_bias, or None for all"

@@ -208,17 +208,25 @@ def test_loss_options() -> None:
     assert patched(**batch).logits is not None
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "plain"), ("gpt2", "left"), ("bert", "plain")])
-def test_compiled_whole(family: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind", "backend"),
+    [
+        ("llama", "plain", "eager"),
+        ("gpt2", "left", "aot_eager"),
+        ("bert", "plain", "eager"),
+        ("gemma2", "left", "eager"),
+    ],
+)
+def test_compiled_whole(family: str, kind: str, backend: str) -> None:
     torch._dynamo.reset()
     batch, model, patched = make_batch(kind), make_model(family), fk.hf.patch(make_model(family))
-    compiled = torch.compile(patched, backend="eager", fullgraph=True)
+    compiled = torch.compile(patched, backend=backend, fullgraph=True)
     _assert_close(_loss_and_gradients(compiled, **batch), _loss_and_gradients(model, **batch))
 
 
 @pytest.mark.needs_kernels
 def test_compiled_whole_with_the_kernels() -> None:
-    test_compiled_whole("llama", "left")
+    test_compiled_whole("llama", "left", "eager")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, after a graph break

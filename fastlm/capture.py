@@ -123,6 +123,8 @@ class CapturedStep:
         self.optimizer.skipped_steps.copy_(skipped)
         try:
             return self.recorder.record(self._accumulate), self.recorder.record(self.optimizer.step)
+        except torch.OutOfMemoryError as error:
+            raise CaptureFailed("out of memory; a smaller --train.micro_batch_size leaves room for it") from error
         except RuntimeError as error:
             raise CaptureFailed(str(error).partition("\n")[0]) from error
 

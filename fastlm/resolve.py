@@ -184,7 +184,7 @@ def _micro_batch_size(cfg: Config, device: torch.device, vocab_size: int) -> tup
     batch_size = cfg.train.batch_size
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return batch_size, f"micro-batch: {batch_size} (this machine does not say how much memory it has)"

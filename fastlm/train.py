@@ -132,8 +132,10 @@ class Trainer:
 
     def _loop(self, loader: BatchLoader) -> int:
         train, first = self.cfg.train, self.state.step
+        # A recorded step keeps its memory: what is compared later would come on top of it.
+        checked = (1 if train.cuda_graphs else CHECKED_UPDATES) if train.check_compile and train.compile else 0
         for batch in uploaded(loader, self.device):
-            if train.check_compile and train.compile and self.state.step < first + CHECKED_UPDATES:
+            if self.state.step < first + checked:
                 self._check_compiled(batch)
             update = self.profile.run(self._update, batch)
             if self.state.step == first + 1:

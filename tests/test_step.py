@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlm_kernels as fk
 from fastlm import resolve, step_profile
 from fastlm import train as train_module
-from fastlm.capture import CapturedStep
+from fastlm.capture import CapturedStep, CaptureFailed
 from fastlm.compiled import check_compiled, compile_block
 from fastlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from fastlm.data import Batch
@@ -134,10 +134,35 @@ class TestCapture:
         assert losses[0] == losses[1], "the rate falls sooner in the shorter run, from its third update on"
         assert [line["step"] for line in events(tmp_path / "broken", "start")] == [0, 4]
 
+    def test_what_does_not_fit_says_what_would(self):
+        model = model_of()
+        optimizer = build_optimizer(OptimConfig(), model, captured=True)
+        recorder = Failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+        step = CapturedStep(partial(accumulate, model), optimizer, recorder, micro_batch_size=4)
+        with pytest.raises(CaptureFailed, match=r"^out of memory; a smaller --train\.micro_batch_size"):
+            step(batches(1)[0], SEEDS)
+
+    @pytest.mark.parametrize(("graphs", "times"), [(True, 1), (False, 3)])
+    def test_compiled_is_compared_before_the_step_is_recorded(
+        self, graphs: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        steps: list[int] = []
+        monkeypatch.setattr(resolve, "_cuda_graphs", lambda cfg, device: (graphs, "CUDA graphs: a test's"))
+        monkeypatch.setattr(train_module, "CudaRecorder", lambda device: Replays())
+        monkeypatch.setattr(train_module, "compile_block", lambda model: None)
+        monkeypatch.setattr(train_module.Trainer, "_check_compiled", lambda self, batch: steps.append(self.state.step))
+        more = ["--train.compile", "true", "--train.check_compile", "true"]
+        train(write_corpus(tmp_path / "corpus.txt"), tmp_path / "run", *more, steps=4)
+        assert steps == list(range(times))
+
 
 class Failing(Replays):
+    def __init__(self, error: Exception | None = None):
+        super().__init__()
+        self.error = error or RuntimeError("operation not permitted when stream is capturing")
+
     def record(self, work: Callable[[], None]) -> Callable[[], object]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise self.error
 
 
 class TestWeights:

@@ -78,7 +78,8 @@ class StepProfile:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)  # earlier updates are no part of it
-        self.profiler = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+        self.profiler = profile(activities=activities, acc_events=True)  # one cycle; torch 2.11 warns otherwise
         self.profiler.__enter__()
 
     def close(self) -> None:

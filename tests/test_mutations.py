@@ -1,4 +1,4 @@
-"""Every deliberate break of `mutations` is noticed by its test."""
+"""Every deliberate break of `mutations.py` is noticed by its test."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mutations import MUTATIONS
-from mutations.mutation import PACKAGE
+from mutations import MUTATIONS, PACKAGE
 
 from fastlm_kernels.registry import KERNELS
 
@@ -28,9 +27,9 @@ def test_every_mutation_is_noticed() -> None:
 
 
 def _mutations(code: str) -> subprocess.CompletedProcess[str]:
-    """`python -m mutations` after `code`, which may put others in their place."""
+    """`mutations.main` after `code`, which may put others in their place."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    code = f"import runpy; {code}; runpy.run_module('mutations', alter_sys=True)"
+    code = f"import mutations, sys; {code}; sys.exit(mutations.main([]))"
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=HERE, capture_output=True, text=True)
 
 
@@ -56,7 +55,7 @@ def test_the_runner_notices_survivors_and_typos() -> None:
     """A break that changes nothing, a text that is gone and a test that does not exist are all reported."""
     test = "test_norm.py::test_several_normalised_axes"
     run = _mutations(
-        "import mutations; from mutations.mutation import Mutation; mutations.MUTATIONS = ("
+        "from breaks import Mutation; mutations.MUTATIONS = ("
         f"Mutation('harmless', 'norm.py', 'import math', 'import math  #', {test!r}),"
         f"Mutation('gone', 'norm.py', 'no such text', '', {test!r}),"
         "Mutation('no test', 'norm.py', 'import math', 'import math  #', 'test_norm.py::test_gone'))"

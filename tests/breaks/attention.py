@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import ACCURATE, Mutation
+from breaks import ACCURATE, Mutation
 
 CASE = "test_attention.py::test_masked_softmax_written_out[{}]"
 ONE_PASS = ACCURATE.format(

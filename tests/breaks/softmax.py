@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import ACCURATE, EVERY, LONG, Mutation
+from breaks import ACCURATE, EVERY, LONG, Mutation
 
 MUTATIONS = (
     # softmax_forward_kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import EVERY, Mutation
+from breaks import EVERY, Mutation
 
 MUTATIONS = (
     # _math.py

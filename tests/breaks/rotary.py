@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import ACCURATE, EVERY, Mutation
+from breaks import ACCURATE, EVERY, Mutation
 
 MUTATIONS = (
     # rotary_kernel, rotary_norm_backward_kernel, their launchers

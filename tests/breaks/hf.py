@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import Mutation
+from breaks import Mutation
 
 _STEP = "test_hf_calls.py::test_one_step_of_a_model_with_everything[{}]"
 _CALLS = "test_hf_calls.py::"

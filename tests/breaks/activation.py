@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import ACCURATE, EVERY, Mutation
+from breaks import ACCURATE, EVERY, Mutation
 
 MUTATIONS = (
     # activation.py: unary kernels

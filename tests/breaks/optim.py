@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import Mutation
+from breaks import Mutation
 
 EIGHT = "test_eight_bits.py::"
 EVERY_OPTION = "{'max_grad_norm': 1.0, 'skip_nonfinite': True, 'zero_grads': True}"

@@ -1,4 +1,11 @@
-"""What a mutation is, and how its test is run on the mutated copy."""
+"""Deliberate breaks, each with the test that must notice it.
+
+    python tests/mutations.py [NAME ...]
+
+A mutation replaces one piece of a kernel package's text. It is applied to a copy of the package, never in place, and
+its test is run on the copy. A mutation that survives, whose text no longer occurs exactly once, or whose test cannot be
+found is a defect of the tests. A family's mutations lie in `breaks`, in the file of the family's name.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +14,54 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent
+from breaks import (
+    Mutation,
+    activation,
+    attention,
+    cross_entropy,
+    hf,
+    linear_cross_entropy,
+    norm,
+    optim,
+    rotary,
+    runtime,
+    softmax,
+)
+
+TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "kernels" / "fastlm_kernels"
 OPTIONS = ("-x", "-q", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:randomly")
 
-EVERY = "test_every_kernel.py::"
-ACCURATE = EVERY + "test_as_accurate_as_pytorch[{}]"
-LONG = EVERY + "test_long_rows_walked_in_blocks[float32-{}]"
+MUTATIONS = (
+    *norm.MUTATIONS,
+    *activation.MUTATIONS,
+    *softmax.MUTATIONS,
+    *rotary.MUTATIONS,
+    *cross_entropy.MUTATIONS,
+    *linear_cross_entropy.MUTATIONS,
+    *attention.MUTATIONS,
+    *optim.MUTATIONS,
+    *hf.MUTATIONS,
+    *runtime.MUTATIONS,
+)
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """`old` becomes `new` in `file` (of the package); `test` must then fail, in the interpreter unless said."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    test: str
-    interpret: bool = True
+def main(names: list[str]) -> int:
+    """Run the named mutations, or all, a line each; 1 if one survives, 2 if there is none of a name."""
+    unknown = sorted(set(names) - {m.name for m in MUTATIONS})
+    if unknown:
+        sys.stderr.write(f"error: NAME: got {', '.join(map(repr, unknown))}; tests/breaks/*.py hold the names\n")
+        return 2
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    failed = False
+    for mutation, defect in survivors(m for m in MUTATIONS if not names or m.name in names):
+        sys.stdout.write(f"{'killed  ' if defect is None else 'SURVIVES'} {mutation.name}\n{defect or ''}")
+        sys.stdout.flush()
+        failed |= defect is not None
+    return int(failed)
 
 
 def survivors(mutations: Iterable[Mutation]) -> Iterator[tuple[Mutation, str | None]]:
@@ -105,3 +138,7 @@ def _start(mutation: Mutation, own: Path) -> int:
         sys.stdout.flush()
     finally:
         os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import Mutation
+from breaks import Mutation
 
 LINEAR = "test_linear_cross_entropy.py::"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations.mutation import EVERY, Mutation
+from breaks import EVERY, Mutation
 
 MUTATIONS = (
     # cross_entropy_forward_kernel

@@ -388,6 +388,7 @@ def test_head_dimensions(columns: int, partial: bool) -> None:
     assert all(error.ok for error in errors), errors
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("group_heads", [1, 2, 3, 8])
 def test_heads_in_groups(group_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several heads share a load of the tables, the last group smaller; every head is rotated once."""

@@ -185,8 +185,8 @@ MUTATIONS = (
     Mutation(
         "rotary: the order of sums depends on what is frozen",
         "rotary.py",
-        "_plan(sides, inputs, options)",
-        "_plan(sides, sides, options)",
+        "_plan(sides, inputs, options, summed=need_dw)",
+        "_plan(sides, sides, options, summed=need_dw)",
         "test_rotary.py::test_a_side_whose_result_is_unused_is_not_read[True-k-kernels]",
     ),
     Mutation(

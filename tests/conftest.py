@@ -79,9 +79,9 @@ def device(path: str) -> str:
     return "cuda" if path == "triton" and not _runtime.INTERPRETED else "cpu"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=_runtime.INTERPRETED)
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory holds NaN (a value no kernel may leave in a result)."""
+    """Uninitialised memory holds NaN (a value no kernel may leave in a result); in the interpreter for every test."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -78,6 +78,7 @@ def _worker(rank: int, port: int, kind: str, names: tuple[str, ...], results: An
             assert (optimizer._plans if name == "MuonWithAdamW" else optimizer._plan) is not None
         params = [_full(p).detach().numpy().tolist() for p in model.parameters()]
         results[name, rank] = (params, float(_full(optimizer.grad_norm)), int(optimizer.skipped_steps))
+    torch.distributed.barrier()  # gloo aborts a process whose peer is gone while it still works
     torch.distributed.destroy_process_group()
 
 

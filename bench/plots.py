@@ -56,27 +56,7 @@ def roofline(results: Results, path: Path) -> bool:
     figure, axes = _figure(8.5, 5.2)
     places = [info["flops"] / info["bytes"] for info in points]
     low, high = min(*places, matmul / copy) / 10, max(*places, matmul / copy) * 4
-    ridge = matmul / copy
-    axes.plot([low, ridge, high], [copy * low, matmul, matmul], color="#333333", linewidth=1.4)
-    on_line = low * (ridge / low) ** 0.1
-    axes.annotate(
-        f"copy {rate(copy, 'B/s')}",
-        (on_line, copy * on_line),
-        (8, -4),
-        textcoords="offset points",
-        fontsize=8,
-        ha="left",
-        color="#333333",
-    )
-    axes.annotate(
-        f"matmul {rate(matmul, 'FLOP/s')}",
-        (high, matmul),
-        (-4, 4),
-        textcoords="offset points",
-        fontsize=8,
-        ha="right",
-        color="#333333",
-    )
+    _roof(axes, copy, matmul, low, high)
     for number, (info, place) in enumerate(zip(points, places, strict=True)):
         kernel = split(info)[0]
         axes.plot(
@@ -99,6 +79,31 @@ def roofline(results: Results, path: Path) -> bool:
     figure.legend(loc="outside right center", fontsize=6.5, frameon=False)
     _finish(figure, "Roofline: fastlm, forward + backward, largest shape measured", points, path)
     return True
+
+
+def _roof(axes: Any, copy: float, matmul: float, low: float, high: float) -> None:
+    """The most that the device can do, from `low` to `high` FLOPs a byte."""
+    ridge = matmul / copy
+    axes.plot([low, ridge, high], [copy * low, matmul, matmul], color="#333333", linewidth=1.4)
+    on_line = low * (ridge / low) ** 0.1
+    axes.annotate(
+        f"copy {rate(copy, 'B/s')}",
+        (on_line, copy * on_line),
+        (8, -4),
+        textcoords="offset points",
+        fontsize=8,
+        ha="left",
+        color="#333333",
+    )
+    axes.annotate(
+        f"matmul {rate(matmul, 'FLOP/s')}",
+        (high, matmul),
+        (-4, 4),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
+        color="#333333",
+    )
 
 
 def _largest(results: Results, kernel: str) -> Info | None:

@@ -224,6 +224,13 @@ def _kv_heads(cfg: Config) -> int:
     return cfg.model.n_kv_head or cfg.model.n_head
 
 
+def recompute_part(value: Recompute | bool) -> Recompute:
+    """`--train.recompute` by name: true is "block", false "none"."""
+    if isinstance(value, bool):
+        return "block" if value else "none"
+    return value
+
+
 def micro_batch_size(cfg: Config, otherwise: int) -> int:
     """The configured number of sequences a forward pass; `otherwise` where it is left to be decided."""
     size = cfg.train.micro_batch_size

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastlm.config import Config, ModelConfig, micro_batch_size
+from fastlm.config import Config, ModelConfig, micro_batch_size, recompute_part
 from fastlm.flops import parameters
 from fastlm_kernels.optim._eight_bits import BLOCK
 
@@ -48,7 +48,7 @@ def step_memory(cfg: Config, vocab_size: int) -> StepMemory:
     tokens, total = micro * cfg.data.seq_len, parameters(cfg.model, vocab_size).total
     size = 2 if cfg.train.precision == "bf16" else FP32
     gradient_size = FP32 if micro < cfg.train.batch_size else size
-    recompute = {False: "none", True: "block"}.get(cfg.train.recompute, cfg.train.recompute)  # type: ignore[call-overload]
+    recompute = recompute_part(cfg.train.recompute)
     model, whole = cfg.model, block_bytes(cfg.model, tokens, size, "none")
     recomputed = whole - block_bytes(model, tokens, size, recompute)
     backward = 10 * tokens * model.n_embd * size  # gradients of both sides of the activation, and two rows

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlm_kernels as fk
-from fastlm.config import ModelConfig, Recompute
+from fastlm.config import ModelConfig, Recompute, recompute_part
 from fastlm_kernels.attention import scaled_dot_product_attention_reference as sdpa
 
 NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
@@ -213,7 +213,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         assert cfg.max_seq_len is not None, "resolve the configuration first"
-        part = {False: "none", True: "block"}.get(recompute, recompute)  # type: ignore[call-overload]
+        part = recompute_part(recompute)
         self.cfg, self.vocab_size = cfg, vocab_size
         self.compute_dtype, self.recompute_block = compute_dtype, part == "block"
         self.compiled_block: Callable[..., tuple[Tensor, Tensor]] | None = None  # what training calls for Block.forward

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fastlm.config import Config
+from fastlm.config import Config, recompute_part
 from fastlm.errors import InputError
 from fastlm.flops import training_flops
 from fastlm.memory import step_memory
@@ -55,7 +55,7 @@ def resolve(cfg: Config, device: torch.device, vocab_size: int, steps: int | Non
         notes.append("check_compile: nothing to compare, this run compiles nothing")
     cfg.train.cuda_graphs, note = _cuda_graphs(cfg, device)
     notes.append(note)
-    cfg.train.recompute = {False: "none", True: "block"}.get(cfg.train.recompute, cfg.train.recompute)  # type: ignore[call-overload]
+    cfg.train.recompute = recompute_part(cfg.train.recompute)
     if not isinstance(cfg.train.micro_batch_size, int):
         cfg.train.micro_batch_size, note = _micro_batch_size(cfg, device, vocab_size)
         notes.append(note)

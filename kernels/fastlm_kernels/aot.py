@@ -40,7 +40,7 @@ from torch import Tensor
 from . import _runtime, configs
 from .check import leaves_of, outputs_of
 from .optim.steps import STEPS
-from .registry import KERNELS, Arguments, Case, Kernel, case_name
+from .registry import KERNELS, Arguments, Case, Kernel, case_name, modules_of
 
 REPORTED_TRITONS = ("3.6", "3.7")
 QUICK_ARCHITECTURES = ("sm_89", "sm_90")
@@ -57,6 +57,7 @@ SHARED_LIMIT = {
 }
 _MOST_THREADS = 1024  # of one program
 _STEP_MODULES = ("_eight_bits", "_muon_plan", "_plan", "_symmetric", "_update", "steps")
+_SHARED_MODULES = ("aot", "configs", "registry", "_math", "_rows", "_runtime")
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
 
 
@@ -266,7 +267,7 @@ def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
     modules = {module.__name__ for kernel in KERNELS for module in kernel.modules}
     modules |= {f"{__package__}.optim.{name}" for name in _STEP_MODULES}
-    modules |= {f"{__package__}.{name}" for name in ("aot", "configs", "registry", "_math", "_rows", "_runtime")}
+    modules |= {module.__name__ for name in _SHARED_MODULES for module in modules_of(f"{__package__}.{name}")}
     digest = hashlib.sha256()
     for name in sorted(modules):
         # The text, not a dump of its syntax tree: what a dump looks like changes with the version of Python.

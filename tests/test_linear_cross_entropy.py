@@ -189,8 +189,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 def use_tiny_plans(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """4 tokens a chunk; in mode "classes" 4 classes a block."""
     for name, value in {"_LEAST_ROWS": 4, "_MOST_ROWS": 4, "_MULTIPLE": 4, "_BUFFER_BYTES": 0}.items():
-        monkeypatch.setattr(configs, f"_LINEAR{name}", value)
-    monkeypatch.setattr(configs, "linear_cross_entropy_by_classes", lambda *shape: mode == "classes")
+        monkeypatch.setattr(configs._linear_cross_entropy, name, value)
+    for owner in (configs, configs._linear_cross_entropy):
+        monkeypatch.setattr(owner, "linear_cross_entropy_by_classes", lambda *shape: mode == "classes")
     plan = configs.linear_cross_entropy_plan(SHAPE["rows"], SHAPE["columns"], SHAPE["classes"], torch.float32)
     assert (plan.mode, plan.rows, plan.classes) == (mode, 4, 4 if mode == "classes" else SHAPE["classes"])
 

@@ -200,14 +200,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a frozen head pays for blocks of classes",
-        "configs.py",
+        "configs/_linear_cross_entropy.py",
         "if not by_classes or not weight_gradient or rows >= tokens:",
         "if not by_classes or rows >= tokens:",
         LINEAR + "test_products_and_launches_of_a_step[classes]",
     ),
     Mutation(
         "chunks past their share of memory",
-        "configs.py",
+        "configs/_linear_cross_entropy.py",
         "min(most_rows, buffer_bytes // row_bytes)",
         "most_rows",
         LINEAR + "test_plans_of_all_sizes[128256-768-torch.bfloat16]",

@@ -16,7 +16,7 @@ import fastlm_kernels as fk
 from fastlm_kernels import configs
 from fastlm_kernels.check import DTYPES, compare, upstream_gradients
 
-# The function hides its module: both are called cross_entropy.
+# The function hides its package: both are called cross_entropy.
 kernels: Any = sys.modules["fastlm_kernels.cross_entropy"]
 LONG = configs.RowConfig(4, 16, 4)
 
@@ -411,7 +411,7 @@ def test_no_read_beyond_the_logits(target: int, tiles: str, monkeypatch: pytest.
     """The logits end where readable memory does; the last row's target is a class, or points past them."""
     if tiles == "long":
         request.getfixturevalue("long_rows")
-    monkeypatch.setattr(kernels, "_check_targets", lambda *_: None)
+    monkeypatch.setattr(kernels._forward, "_check_targets", lambda *_: None)
     call = _call(torch.float32, classes=23, reduction="none")
     call["target"][-1] = target
     call["input"] = guarded(call["input"]).requires_grad_()
@@ -563,7 +563,7 @@ def test_target_outside_the_classes(bad: int) -> None:
 @pytest.mark.parametrize("bad", [13, -1, 2**40])
 def test_bad_target_is_nan_without_the_cpus_check(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels do by themselves, in the row of the target alone."""
-    monkeypatch.setattr(kernels, "_check_targets", lambda *_: None)
+    monkeypatch.setattr(kernels._forward, "_check_targets", lambda *_: None)
     for options in ({}, EVERYTHING):
         call = _call(torch.float32, reduction="none", **options)
         call["target"][0] = bad

@@ -44,6 +44,13 @@ def check_num_items(num_items: int | Tensor | None, reduction: str) -> None:
         raise ValueError(f"num_items: got {num_items!r}; give an int from 0 to 2**63 - 1, or a 0-d tensor")
 
 
+def check_loss_keywords(z_loss: float, softcap: float | None, num_items: int | Tensor | None, reduction: str) -> None:
+    """Raise ValueError for the first of a loss's own keywords that is wrong."""
+    check_coefficient("z_loss", z_loss)
+    check_softcap(softcap)
+    check_num_items(num_items, reduction)
+
+
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(x / cap): near 0 the identity, never beyond +-cap. None is off. Any shape, dtype kept."""
     if cap is None:

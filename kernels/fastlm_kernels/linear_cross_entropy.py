@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _runtime, configs
-from ._arguments import check_coefficient, check_num_items, check_softcap
+from ._arguments import check_loss_keywords
 from ._rows import accumulator
 from ._runtime import Operator, kernel, launch, tl, with_kernel
 from .cross_entropy import (
@@ -117,6 +117,22 @@ def _flatten_tokens(input: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     )
 
 
+def _logits_and_target(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Both as `cross_entropy` takes them: the tokens of (B, T, D) one after the other."""
+    _check_shapes(input, linear_weight, linear_bias)
+    if input.dim() == 3:
+        input, target = _flatten_tokens(input, target, linear_weight.shape[0])
+    logits = _logits(input, linear_weight, linear_bias)
+    if target.shape == logits.shape and ignore_index is not None:
+        raise RuntimeError(
+            f"ignore_index={ignore_index} with a target of the logits' shape {tuple(logits.shape)}: probabilities "
+            "ignore nothing; leave ignore_index out, or give class indices"
+        )
+    return logits, target
+
+
 def linear_cross_entropy_reference(
     input: Tensor,
     linear_weight: Tensor,
@@ -137,22 +153,11 @@ def linear_cross_entropy_reference(
     """`linear_cross_entropy` as matrix product and cross-entropy: the definition, and the path without a kernel."""
     _check_options(options)
     _check_num_classes(num_classes, linear_weight, linear_bias)
-    if num_classes is not None:
-        linear_weight = linear_weight[:num_classes]
-    _check_shapes(input, linear_weight, linear_bias)
-    shape = target.shape
-    batched = input.dim() == 3
-    if batched:
-        input, target = _flatten_tokens(input, target, linear_weight.shape[0])
-    logits = _logits(input, linear_weight, linear_bias)
-    if target.shape == logits.shape and ignore_index is not None:
-        raise RuntimeError(
-            f"ignore_index={ignore_index} with a target of the logits' shape {tuple(logits.shape)}: probabilities "
-            "ignore nothing; leave ignore_index out, or give class indices"
-        )
+    head = linear_weight if num_classes is None else linear_weight[:num_classes]
+    logits, labels = _logits_and_target(input, head, linear_bias, target, ignore_index)
     loss = cross_entropy_reference(
         logits,
-        target,
+        labels,
         weight,
         ignore_index=-100 if ignore_index is None else ignore_index,
         reduction=reduction,
@@ -162,11 +167,10 @@ def linear_cross_entropy_reference(
         softcap=softcap,
         num_items=num_items,
     )
-    if not batched or reduction != "none":
+    if input.dim() != 3 or reduction != "none":
         return loss
-    if isinstance(loss, tuple):
-        return loss[0].view(shape[:2]), loss[1].view(shape[:2])
-    return loss.view(shape[:2])
+    tokens = target.shape[:2]
+    return (loss[0].view(tokens), loss[1].view(tokens)) if return_z_loss else loss.view(tokens)
 
 
 # Kernel.
@@ -646,9 +650,7 @@ def linear_cross_entropy(
     A head sharded over ranks (a DTensor) with a plain input raises ValueError: `nn.LinearCrossEntropyLoss` holds the
     head and is what FSDP2 shards.
     """
-    check_coefficient("z_loss", z_loss)
-    check_softcap(softcap)
-    check_num_items(num_items, reduction)
+    check_loss_keywords(z_loss, softcap, num_items, reduction)
     _check_options(options)
     _check_sharded(input, linear_weight)
     _check_num_classes(num_classes, linear_weight, linear_bias)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -420,197 +420,190 @@ def _backward_table(need_db: bool, *tensors: Tensor | None) -> configs.RowTable:
     return configs.NORM_BACKWARD_BIAS if _one_dtype(*tensors) else configs.NORM_BACKWARD_BIAS_MIXED
 
 
+class _ForwardOptions(NamedTuple):
+    """What norm_forward takes besides tensors, in the order of its schema."""
+
+    columns: int
+    eps: float
+    weight_offset: float
+    subtract_mean: bool
+    y_dtype: torch.dtype
+    save_stats: bool
+
+
+class _BackwardOptions(NamedTuple):
+    """What norm_backward takes besides tensors, in the order of its schema; needs: which of dx, dr, dw, db."""
+
+    columns: int
+    weight_offset: float
+    subtract_mean: bool
+    dx_dtype: torch.dtype
+    dr_dtype: torch.dtype
+    dw_dtype: torch.dtype
+    db_dtype: torch.dtype
+    needs: Sequence[bool]
+
+
 def _launch_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    columns: int,
-    eps: float,
-    weight_offset: float,
-    subtract_mean: bool,
-    y_dtype: torch.dtype,
-    save_stats: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, stats): h is empty without a residual; stats (rstd, or rstd and mean) x rows, empty if not saved."""
-    rows = x.numel() // columns
-    y, h, stats = _fake_forward(
-        x, residual, weight, bias, columns, eps, weight_offset, subtract_mean, y_dtype, save_stats
-    )
+    options = _ForwardOptions(*rest)
+    y, h, stats = _fake_forward(x, residual, weight, bias, *rest)
+    columns = options.columns
+    x2 = as_rows(x, columns)
+    rows = x2.shape[0]
     if rows == 0:
         return y, h, stats
-    x2 = as_rows(x, columns)
     r2 = x2 if residual is None else as_rows(residual, columns)
     config = configs.row_config(configs.NORM_FORWARD, _runtime.architecture(x.device), columns)
     launch(
         norm_forward_kernel,
         (-(-rows // config.block_m),),
         (
-            *(
-                x2,
-                r2,
-                x2 if weight is None else weight.contiguous(),
-                x2 if bias is None else bias.contiguous(),
-            ),
+            *(x2, r2, x2 if weight is None else weight.contiguous(), x2 if bias is None else bias.contiguous()),
             *(y, h, stats),
-            *(rows, columns, x2.stride(0), r2.stride(0), eps, weight_offset),
+            *(rows, columns, x2.stride(0), r2.stride(0), options.eps, options.weight_offset),
         ),
         num_warps=config.num_warps,
         max_registers=None if _one_dtype(x, residual, weight, bias) else configs.NORM_REGISTERS,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         WHOLE_ROW=columns <= config.block_n,
-        SUBTRACT_MEAN=subtract_mean,
+        SUBTRACT_MEAN=options.subtract_mean,
         HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        SAVE_STATS=save_stats,
+        SAVE_STATS=options.save_stats,
         ACC=accumulator(x.dtype)[1],
     )
     return y, h, stats
 
 
 def _fake_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    columns: int,
-    eps: float,
-    weight_offset: float,
-    subtract_mean: bool,
-    y_dtype: torch.dtype,
-    save_stats: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=y_dtype, device=x.device)
+    options = _ForwardOptions(*rest)
+    y = torch.empty(x.shape, dtype=options.y_dtype, device=x.device)
     h_like = x if residual is None else residual
     h = torch.empty((0,) if residual is None else x.shape, dtype=h_like.dtype, device=x.device)
-    rows = x.numel() // columns if save_stats else 0
-    stats = torch.empty((1 + subtract_mean, rows), dtype=accumulator(x.dtype)[0], device=x.device)
+    rows = x.numel() // options.columns if options.save_stats else 0
+    stats = torch.empty((1 + options.subtract_mean, rows), dtype=accumulator(x.dtype)[0], device=x.device)
     return y, h, stats
 
 
 def _launch_backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    columns: int,
-    weight_offset: float,
-    subtract_mean: bool,
-    dx_dtype: torch.dtype,
-    dr_dtype: torch.dtype,
-    dw_dtype: torch.dtype,
-    db_dtype: torch.dtype,
-    needs: Sequence[bool],
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, stats: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dr, dw, db), those not in `needs` empty. x is what was normalised: the input, or h."""
-    dx, dr, dw, db = grads = _fake_backward(
-        *(dy, dh, x, weight, stats, columns, weight_offset, subtract_mean),
-        *(dx_dtype, dr_dtype, dw_dtype, db_dtype, needs),
-    )
-    rows = x.numel() // columns
-    if rows == 0:
-        return dx, dr, dw.zero_(), db.zero_()
-    need_dx, need_dr, need_dw, need_db = needs
-    acc = accumulator(x.dtype)[1]
+    options = _BackwardOptions(*rest)
+    dx, dr, dw, db = grads = _fake_backward(dy, dh, x, weight, stats, *rest)
+    columns, needs = options.columns, options.needs
     x2, dy2 = as_rows(x, columns), as_rows(dy.resolve_neg(), columns)
-    dh2 = dy2 if dh is None else as_rows(dh.resolve_neg(), columns)
-    table = _backward_table(need_db, dy, dh, x, weight)
+    if x2.shape[0] == 0:
+        return dx, dr, dw.zero_(), db.zero_()
+    dh2 = None if dh is None else as_rows(dh.resolve_neg(), columns)
+    given = _Given(dy2, dh2, x2, weight, stats)
+    table = _backward_table(needs[3], dy, dh, x, weight)
     config = configs.row_config(table, _runtime.architecture(x.device), columns)
+    whole_row, partials = columns <= config.block_n, ()
+    if whole_row or needs[0]:
+        partials = _launch_rows(config, given, dx, dr, options)
+    if not whole_row and any(needs[2:]):
+        partials = _launch_long_weight_gradient(given, options)
+    sums = zip(partials, (dw, db), needs[2:], strict=False)
+    sum_partials(*[(partial, total) for partial, total, need in sums if need])
+    return grads
+
+
+class _Given(NamedTuple):
+    """What the backward reads, as rows of adjacent columns; x is what was normalised."""
+
+    dy: Tensor
+    dh: Tensor | None
+    x: Tensor
+    weight: Tensor | None
+    stats: Tensor
+
+
+def _launch_rows(
+    config: configs.RowConfig, given: _Given, dx: Tensor, dr: Tensor, options: _BackwardOptions
+) -> tuple[Tensor, Tensor]:
+    """Fill dx and dr; and give partial dw and db, (programs, columns) each, empty where no row fits the registers."""
+    dy, dh, x, weight, stats = given
+    rows, columns = x.shape
     whole_row = columns <= config.block_n
     tiles = -(-rows // config.block_m)
     # Programs that stay resident, each walking many tiles: as few partial sums as keep the device busy.
     programs = min(tiles, _runtime.multiprocessors(x.device) * configs.programs_per_multiprocessor(config))
+    need_dx, need_dr, need_dw, need_db = options.needs
     # Two buffers, not one cut in two: both start aligned, whatever the sizes.
-    partial_dw, partial_db = (
-        stats.new_empty((programs if need and whole_row else 0, columns)) for need in (need_dw, need_db)
+    dw, db = (stats.new_empty((programs if need and whole_row else 0, columns)) for need in (need_dw, need_db))
+    dh_read = dy if dh is None else dh
+    launch(
+        norm_backward_kernel,
+        (programs,),
+        (
+            *(dy, dh_read, x, x if weight is None else weight.contiguous(), stats),
+            *(dx, dr, dw, db),
+            *(rows, columns, -(-tiles // programs)),
+            *(dy.stride(0), dh_read.stride(0), x.stride(0), options.weight_offset),
+        ),
+        num_warps=config.num_warps,
+        max_registers=configs.NORM_REGISTERS,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        WHOLE_ROW=whole_row,
+        SUBTRACT_MEAN=options.subtract_mean,
+        HAS_WEIGHT=weight is not None,
+        HAS_DH=dh is not None,
+        HAS_DX=need_dx,
+        HAS_DR=need_dr,
+        HAS_DW=need_dw and whole_row,
+        HAS_DB=need_db and whole_row,
+        STAGES=config.num_stages,
+        ACC=accumulator(x.dtype)[1],
     )
-    if need_dx or whole_row:
-        launch(
-            norm_backward_kernel,
-            (programs,),
-            (
-                *(dy2, dh2, x2, x2 if weight is None else weight.contiguous(), stats),
-                *(dx, dr, partial_dw, partial_db),
-                *(rows, columns, -(-tiles // programs)),
-                *(dy2.stride(0), dh2.stride(0), x2.stride(0), weight_offset),
-            ),
-            num_warps=config.num_warps,
-            max_registers=configs.NORM_REGISTERS,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            WHOLE_ROW=whole_row,
-            SUBTRACT_MEAN=subtract_mean,
-            HAS_WEIGHT=weight is not None,
-            HAS_DH=dh is not None,
-            HAS_DX=need_dx,
-            HAS_DR=need_dr,
-            HAS_DW=need_dw and whole_row,
-            HAS_DB=need_db and whole_row,
-            STAGES=config.num_stages,
-            ACC=acc,
-        )
-    if (need_dw or need_db) and not whole_row:
-        partial_dw, partial_db = _launch_long_weight_gradient(dy2, x2, stats, rows, columns, subtract_mean, needs)
-    sum_partials(*[sums for sums, need in (((partial_dw, dw), need_dw), ((partial_db, db), need_db)) if need])
-    return grads
+    return dw, db
 
 
-def _launch_long_weight_gradient(
-    dy2: Tensor,
-    x2: Tensor,
-    stats: Tensor,
-    rows: int,
-    columns: int,
-    subtract_mean: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+def _launch_long_weight_gradient(given: _Given, options: _BackwardOptions) -> tuple[Tensor, Tensor]:
     """Partial dw and db of rows that do not fit a program's registers, (row groups, columns) each."""
-    config = configs.only_config(configs.NORM_WEIGHT_GRADIENT, _runtime.architecture(x2.device))
+    dy, _, x, _, stats = given
+    rows, columns = x.shape
+    need_dw, need_db = options.needs[2:]
+    config = configs.only_config(configs.NORM_WEIGHT_GRADIENT, _runtime.architecture(x.device))
     tiles, strips = -(-rows // config.block_m), -(-columns // config.block_n)
-    resident = _runtime.multiprocessors(x2.device) * configs.programs_per_multiprocessor(config)
+    resident = _runtime.multiprocessors(x.device) * configs.programs_per_multiprocessor(config)
     groups = min(tiles, max(1, -(-resident // strips)))
-    partial_dw, partial_db = (stats.new_empty((groups if need else 0, columns)) for need in needs[2:])
+    dw, db = (stats.new_empty((groups if need else 0, columns)) for need in (need_dw, need_db))
     launch(
         norm_weight_gradient_kernel,
         (groups * strips,),
         (
-            *(dy2, x2, stats, partial_dw, partial_db),
-            *(rows, columns, -(-tiles // groups), dy2.stride(0), x2.stride(0)),
+            *(dy, x, stats, dw, db),
+            *(rows, columns, -(-tiles // groups), dy.stride(0), x.stride(0)),
         ),
         num_warps=config.num_warps,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        SUBTRACT_MEAN=subtract_mean,
-        HAS_DW=needs[2],
-        HAS_DB=needs[3],
-        ACC=accumulator(x2.dtype)[1],
+        SUBTRACT_MEAN=options.subtract_mean,
+        HAS_DW=need_dw,
+        HAS_DB=need_db,
+        ACC=accumulator(x.dtype)[1],
     )
-    return partial_dw, partial_db
+    return dw, db
 
 
 def _fake_backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    columns: int,
-    weight_offset: float,
-    subtract_mean: bool,
-    dx_dtype: torch.dtype,
-    dr_dtype: torch.dtype,
-    dw_dtype: torch.dtype,
-    db_dtype: torch.dtype,
-    needs: Sequence[bool],
+    dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor | None, stats: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = (x.shape, x.shape, (columns,), (columns,))
-    dtypes = (dx_dtype, dr_dtype, dw_dtype, db_dtype)
+    options = _BackwardOptions(*rest)
+    shapes = (x.shape, x.shape, (options.columns,), (options.columns,))
+    dtypes = (options.dx_dtype, options.dr_dtype, options.dw_dtype, options.db_dtype)
     dx, dr, dw, db = (
         torch.empty(shape if need else (0,), dtype=dtype, device=x.device)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+        for shape, dtype, need in zip(shapes, dtypes, options.needs, strict=True)
     )
     return dx, dr, dw, db
 

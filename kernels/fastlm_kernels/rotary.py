@@ -623,7 +623,7 @@ class _Plan(NamedTuple):
 
     time: int
     blocks: int  # of positions, in all batches
-    walkers: int  # programs a group of heads that stay resident
+    walkers: int  # programs a group of heads
     heads: list[int]
     groups: list[int]
     group_heads: int
@@ -653,7 +653,8 @@ def _plan(sides: _Pair, everyone: _Pair, options: _Options, summed: bool = False
     sizes = {"D": width, "PAIRS": options.rotated // 2, "BLOCK_T": config.block_m}
     sizes |= {"BLOCK_P": block_p, "BLOCK_REST": block_rest, "INTERLEAVED": options.interleaved}
     groups, all_groups = ([-(-count // group_heads) for count in counts] for counts in (heads, all_heads))
-    walkers = min(blocks, max(1, resident // sum(all_groups)))
+    # With sums to keep, as many programs as stay resident, each walking many blocks; else one a block.
+    walkers = min(blocks, max(1, resident // sum(all_groups))) if summed else blocks
     return _Plan(time, blocks, walkers, heads, groups, group_heads, config.num_warps, sizes)
 
 
@@ -674,7 +675,7 @@ def _launch_rotation(
     read, scalars, switches = _shared((*sides, *outputs), tables, weights, options)
     launch(
         rotary_kernel,
-        (plan.blocks * sum(plan.groups),),
+        (plan.walkers * sum(plan.groups),),
         (
             *(*_present(sides), *read),
             *_present(outputs),
@@ -766,17 +767,12 @@ def _launch_norm_backward(
             dw.zero_()
         return
     sides = [None if dy is None else _adjacent(x) for dy, x in zip(upstream, inputs, strict=True)]
-    # The kernel always forms dx; where the weight's gradient alone is wanted it is dropped.
-    results = [
-        None if x is None else dx if need else _like(x) for x, dx, need in zip(sides, grads, needs[:2], strict=False)
-    ]
+    results = _written(sides, grads, needs)
     need_dw = any(needs[2:])
     plan = _plan(sides, inputs, options, summed=need_dw)
     read, scalars, switches = _shared((*upstream, *sides, *results), tables, weights, options)
-    # With sums to keep, as many programs as stay resident, each walking many blocks; else one a block.
-    walkers = plan.walkers if need_dw else plan.blocks
     asked_for = configs.registers_asked_for(_runtime.architecture(inputs[0].device))
-    programs, (acc, tl_acc) = walkers * sum(plan.groups), accumulator(inputs[0].dtype)
+    programs, (acc, tl_acc) = plan.walkers * sum(plan.groups), accumulator(inputs[0].dtype)
     partial = torch.empty((programs if need_dw else 0, plan.sizes["D"]), dtype=acc, device=inputs[0].device)
     launch(
         rotary_norm_backward_kernel,
@@ -784,7 +780,7 @@ def _launch_norm_backward(
         (
             *(*_present(upstream), *_present(sides), *read),
             *(*_present(results), partial),
-            *(plan.time, plan.blocks, -(-plan.blocks // walkers)),
+            *(plan.time, plan.blocks, -(-plan.blocks // plan.walkers)),
             *(*plan.heads, *plan.groups, plan.group_heads, *scalars),
         ),
         num_warps=plan.num_warps,
@@ -794,8 +790,14 @@ def _launch_norm_backward(
         HAS_DW=need_dw,
         ACC=tl_acc,
     )
-    parts = partial.split([walkers * count for count in plan.groups]) if need_dw else (partial, partial)
+    parts = partial.split([plan.walkers * count for count in plan.groups]) if need_dw else (partial, partial)
     sum_partials(*[sums for sums, need in zip(zip(parts, grads[2:], strict=True), needs[2:], strict=True) if need])
+
+
+def _written(sides: _Pair, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Where the kernel puts dx, which it always forms: nowhere to be seen if the weight's gradient alone is wanted."""
+    pairs = zip(sides, grads, needs, strict=False)
+    return [None if x is None else dx if need else _like(x) for x, dx, need in pairs]
 
 
 def _fake_backward(

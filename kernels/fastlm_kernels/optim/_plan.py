@@ -274,17 +274,7 @@ class Bundle:
         """Update every tensor of the bundle."""
         buffer, scalars = sent
         form = self.form
-        dtypes = (form.param, form.grad, *form.states, form.master)
-        # 8-bit states are worked on in fp32: tiles for 16 bits would take twice the registers, and spill.
-        narrow = form.states[0] == torch.uint8
-        sizes = [4 if narrow else dtype.itemsize for dtype in dtypes if dtype is not None]
-        architecture = _runtime.architecture(self.device)
-        config = configs.optim_config(architecture, *sizes)
-        registers = configs.registers_asked_for(architecture)
-        if narrow:
-            registers = configs.OPTIM_EIGHT_BITS_REGISTERS
-        elif control is not None and zero and (stochastic or max(sizes) == 2):
-            registers = configs.OPTIM_REGISTERS
+        config, registers = self._config(every_option=control is not None and zero, stochastic=stochastic)
         launch(
             update_kernel,
             (self.chunks,),
@@ -312,6 +302,21 @@ class Bundle:
             CHUNK=config.chunk,
             BLOCK=config.block,
         )
+
+    def _config(self, every_option: bool, stochastic: bool) -> tuple[configs.OptimConfig, int | None]:
+        """The update's tiles, and the registers to ask for."""
+        form = self.form
+        dtypes = (form.param, form.grad, *form.states, form.master)
+        # 8-bit states are worked on in fp32: tiles for 16 bits would take twice the registers, and spill.
+        narrow = form.states[0] == torch.uint8
+        sizes = [4 if narrow else dtype.itemsize for dtype in dtypes if dtype is not None]
+        architecture = _runtime.architecture(self.device)
+        registers = configs.registers_asked_for(architecture)
+        if narrow:
+            registers = configs.OPTIM_EIGHT_BITS_REGISTERS
+        elif every_option and (stochastic or max(sizes) == 2):
+            registers = configs.OPTIM_REGISTERS
+        return configs.optim_config(architecture, *sizes), registers
 
 
 def _on_device(host: Tensor, device: torch.device) -> Tensor:

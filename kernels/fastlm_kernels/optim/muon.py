@@ -118,16 +118,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._captured: list[Any] = []  # what graphs read: never freed before the optimizer
         self._adamw_lr = adamw_lr
         self._blocks = {param: _block_rows(param, blocks) for param, blocks in (split or {}).items()}
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
+        super().__init__(params, defaults | {"betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._check_split()
+
+    def _check_split(self) -> None:
+        """ValueError for a parameter in `split` that is no Muon group's."""
         matrices = {p for group in self.param_groups if group["use_muon"] for p in group["params"]}
         for param in self._blocks.keys() - matrices:
             raise ValueError(

@@ -42,10 +42,8 @@ def _inputs(
     """
     g = generator_of(seed)
     rotated = columns - columns % 2 if rotary_dim is None else rotary_dim
-    shape = (batch, rows, heads + kv_heads, columns)
-    both = random_tensor(shape, dtype, device, g, shift=0.5).detach()
-    both = both.transpose(1, 2) if head_dim_axis == 1 else both
-    parts = both.split([heads, kv_heads], head_dim_axis)
+    both = random_tensor((batch, rows, heads + kv_heads, columns), dtype, device, g, shift=0.5)
+    parts = (both.transpose(1, 2) if head_dim_axis == 1 else both).split([heads, kv_heads], head_dim_axis)
     q, k = ((x.contiguous() if apart else x).detach().requires_grad_() for x in parts)
     tables = ((batch,) if batched_tables else ()) + (rows, rotated if full_tables else rotated // 2)
     cos, sin = (_table(tables, dtype, device, g, table_dtype) for _ in range(2))

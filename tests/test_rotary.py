@@ -464,8 +464,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]
 
         return noted
 
-    monkeypatch.setattr(rotary, "launch", noting(rotary.launch))
-    monkeypatch.setattr(_rows, "launch", noting(_rows.launch))
+    for owner in (rotary._rotation, rotary._norm_backward, _rows):
+        monkeypatch.setattr(owner, "launch", noting(owner.launch))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 from fastlm_kernels import _rows, _runtime, configs, rotary
 from fastlm_kernels.check import compare
+from fastlm_kernels.rotary import _norm_backward, _rotation
 
 pytestmark = pytest.mark.both_paths
 
@@ -464,7 +465,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]
 
         return noted
 
-    for owner in (rotary._rotation, rotary._norm_backward, _rows):
+    for owner in (_rotation, _norm_backward, _rows):
         monkeypatch.setattr(owner, "launch", noting(owner.launch))
     return found
 

@@ -32,8 +32,8 @@ pair; each chunk but the first reads dW in fp32, each writes it, 8 V D ceil(N / 
 Memory at 64k tokens, D 768, V 50304, bf16: the buffer 1108 MB, dW in fp32 155 MB, dx 101 MB, together a tenth of the
 13.2 GB that logits and their gradient take.
 
-In order of reading: `_walk` (the parts of a call), `_scale` (a kernel and its launcher), `_operators` (forward, backward,
-registration), `_reference` (the definition in PyTorch's operators), and here the public function.
+In order of reading: `_walk` (the parts of a call), `_scale` (a kernel and its launcher), `_operators` (forward and
+backward, registration), `_reference` (the definition in PyTorch's operators), and here the public function.
 """
 
 from __future__ import annotations

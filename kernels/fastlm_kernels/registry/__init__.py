@@ -1,9 +1,10 @@
 """Every kernel, once. Tests, benches, `check`, `aot` and the README's table iterate over `KERNELS`.
 
-Adding a kernel is one file and one entry here, in the module of its family: what its calls look like (`inputs`), the
-cases that tests, benches and the compiler's report ask for, the bytes and operations that a call cannot do without.
-Every case names rows and columns, whatever these are to the family (tokens and classes, positions and head dimension);
-all other options have defaults, so that the tests of what holds for every kernel can ask any of them for a size.
+Adding a kernel is one file (or folder) and one entry here, in the module of its family: what its calls look like
+(`inputs`), the cases that tests, benches and the compiler's report ask for, the bytes and operations that a call cannot
+do without. Every case names rows and columns, whatever these are to the family (tokens and classes, positions and head
+dimension); all other options have defaults, so that the tests of what holds for every kernel can ask any of them for a
+size.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +47,26 @@ def run(optimizer: Any, params: list[Tensor], steps: range) -> None:
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+def assert_resumes(optimizer: Any, params: list[Tensor], build: Callable[[list[Tensor]], Any]) -> None:
+    """Two updates, saved, two more; these again by `build` and what it loads: the same bits, states and dtypes."""
+    run(optimizer, params, range(2))
+    file = io.BytesIO()
+    torch.save([[p.detach() for p in params], optimizer.state_dict()], file)
+    run(optimizer, params, range(2, 4))
+    file.seek(0)
+    values, state = torch.load(file, weights_only=True)
+    again = [value.to(params[0].device).requires_grad_() for value in values]
+    resumed = build(again)
+    resumed.load_state_dict(state)
+    run(resumed, again, range(2, 4))
+    assert_equal(again, params)
+    for p, q in zip(again, params, strict=True):
+        assert resumed.state[p].keys() == optimizer.state[q].keys()
+        for key, value in optimizer.state[q].items():
+            assert torch.equal(resumed.state[p][key], value)
+            assert resumed.state[p][key].dtype == value.dtype
 
 
 def make(name: str, params: Any, **options: Any) -> Any:

@@ -598,9 +598,8 @@ def test_path_is_fixed_in_the_forward(kernel: Kernel, kernel_device: str) -> Non
         assert torch.equal(tensor, wanted)
 
 
-@every_kernel
-def test_backend_forces_the_path_in_compiled_code_too(kernel: Kernel, kernel_device: str) -> None:
-    """Dynamo guards on the choice: the compiled function follows `backend` from call to call."""
+def _compiled_whole(function: Callable[[Arguments], Any]) -> tuple[Callable[[Arguments], Any], list[str]]:
+    """(function compiled without a break, which runs its graphs as they are; the graphs' code as they come)."""
     torch._dynamo.reset()
     codes: list[str] = []
 
@@ -608,8 +607,14 @@ def test_backend_forces_the_path_in_compiled_code_too(kernel: Kernel, kernel_dev
         codes.append(graph.code)
         return graph.forward
 
+    return torch.compile(function, fullgraph=True, backend=backend), codes
+
+
+@every_kernel
+def test_backend_forces_the_path_in_compiled_code_too(kernel: Kernel, kernel_device: str) -> None:
+    """Dynamo guards on the choice: the compiled function follows `backend` from call to call."""
     arguments, _ = make(kernel, kernel_device)
-    compiled = torch.compile(lambda given: kernel.fused(**given), fullgraph=True, backend=backend)
+    compiled, codes = _compiled_whole(lambda given: kernel.fused(**given))
     compiled(arguments)
     with _runtime.backend("torch"):
         compiled(arguments)
@@ -620,12 +625,6 @@ def test_backend_forces_the_path_in_compiled_code_too(kernel: Kernel, kernel_dev
 @every_kernel
 def test_backend_inside_compiled_code(kernel: Kernel, kernel_device: str) -> None:
     """`with backend("torch")` may stand in the function that is compiled, and ends there."""
-    torch._dynamo.reset()
-    codes: list[str] = []
-
-    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        codes.append(graph.code)
-        return graph.forward
 
     def both(given: Arguments) -> Any:
         with _runtime.backend("torch"):
@@ -633,7 +632,8 @@ def test_backend_inside_compiled_code(kernel: Kernel, kernel_device: str) -> Non
         return plain, kernel.fused(**given)
 
     arguments, _ = make(kernel, kernel_device)
-    torch.compile(both, fullgraph=True, backend=compiler)(arguments)
+    compiled, codes = _compiled_whole(both)
+    compiled(arguments)
     assert len(codes) == 1
     assert codes[0].count(f"ops.{_runtime.NAMESPACE}.") == 1
     assert _runtime._forced is None

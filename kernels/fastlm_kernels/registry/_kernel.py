@@ -90,6 +90,37 @@ def random_tensor(
     return values.mul_(scale).add_(shift).to(device=device, dtype=dtype).requires_grad_()
 
 
+class Draw:
+    """Random tensors of one dtype on one device, one after another from a seed or a generator."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int | torch.Generator):
+        self.dtype, self.device, self.generator = dtype, torch.device(device), generator_of(seed)
+
+    @property
+    def empty(self) -> bool:
+        """Whether tensors are shapes alone."""
+        return self.device.type == "meta"
+
+    def __call__(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """`random_tensor` of this shape, of another dtype if one is given."""
+        return random_tensor(shape, dtype or self.dtype, self.device, self.generator, scale, shift)
+
+    def classes(self, rows: int, classes: int) -> Tensor:
+        """int64 (rows,) in [0, classes)."""
+        if self.empty:
+            return torch.empty(rows, dtype=torch.int64, device=self.device)
+        return torch.randint(classes, (rows,), generator=self.generator, device=self.generator.device).to(self.device)
+
+
+def drawn(make: Callable[..., Arguments]) -> Callable[..., Arguments]:
+    """`Kernel.inputs` from a function that takes a `Draw` in the place of dtype, device and seed."""
+
+    def inputs(dtype: torch.dtype, device: torch.device | str, seed: int | torch.Generator, **case: Any) -> Arguments:
+        return make(Draw(dtype, device, seed), **case)
+
+    return inputs
+
+
 def generator_of(seed: int | torch.Generator) -> torch.Generator:
     """A CPU generator from a seed; a generator as it is."""
     return torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed

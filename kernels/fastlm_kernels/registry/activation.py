@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from .. import activation
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 from ._rows import LARGE, QUICK, flops_of, with_extremes
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -31,15 +30,14 @@ def _inputs(
     bf16_bound  no larger number in bf16: Triton's interpreter cuts results off there instead of rounding them, which
                 for an output close to 1 is more than all that is left of the derivative
     """
-    g = generator_of(seed)
-    drawn = [random_tensor((rows, columns), dtype, device, g, scale=2.0) for _ in names]
-    drawn = [with_extremes(values) for values in drawn]
-    if dtype == torch.bfloat16:
-        drawn = [values.detach().clamp_(-bf16_bound, bf16_bound).requires_grad_() for values in drawn]
+    tensors = [draw(rows, columns, scale=2.0) for _ in names]
+    tensors = [with_extremes(values) for values in tensors]
+    if draw.dtype == torch.bfloat16:
+        tensors = [values.detach().clamp_(-bf16_bound, bf16_bound).requires_grad_() for values in tensors]
     if halves:
-        wide = torch.cat([values.detach() for values in (drawn * 2)[:2]], dim=1)
-        drawn = [part.requires_grad_() for part in wide.detach().chunk(2, 1)[: len(names)]]
-    arguments: Arguments = dict(zip(names, drawn, strict=True))
+        wide = torch.cat([values.detach() for values in (tensors * 2)[:2]], dim=1)
+        tensors = [part.requires_grad_() for part in wide.detach().chunk(2, 1)[: len(names)]]
+    arguments: Arguments = dict(zip(names, tensors, strict=True))
     return arguments if approximate is None else {**arguments, "approximate": approximate}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import attention
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 
 # Left out of the arguments where a case does not ask for more.
 _OFF = {
@@ -19,10 +19,9 @@ _OFF = {
 }
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -46,39 +45,35 @@ def _inputs(
     Tensors are (batch, positions, heads, channels) in memory. `padded` gives a key_mask; `masked` names the axes over
     which a bool mask is broadcast, and its first query sees nothing. `one_pass` gives deterministic=False.
     """
-    g = generator_of(seed)
     S = rows if keys is None else keys
     shapes = {"query": (heads, rows, columns), "key": (kv_heads, S, columns), "value": (kv_heads, S, values or columns)}
-    arguments: Arguments = {name: _heads((batch, *shape), dtype, device, g) for name, shape in shapes.items()}
+    arguments: Arguments = {name: _heads(draw, batch, *shape) for name, shape in shapes.items()}
     arguments |= {"is_causal": causal, "enable_gqa": heads != kv_heads}
     options = {"causal_align": align, "window_size": window, "softcap": softcap, "scale": scale, "return_lse": lse}
     options |= {"deterministic": not one_pass}
     arguments |= {name: value for name, value in options.items() if value != _OFF[name]}
     if padded:
-        arguments["key_mask"] = _random_mask((batch, S), device, g)
+        arguments["key_mask"] = _random_mask(draw, batch, S)
     if masked is not None:
-        shape = tuple(1 if axis in masked else size for axis, size in enumerate((batch, heads, rows, S)))
-        arguments["attn_mask"] = mask = _random_mask(shape, device, g)
+        shape = (1 if axis in masked else size for axis, size in enumerate((batch, heads, rows, S)))
+        arguments["attn_mask"] = mask = _random_mask(draw, *shape)
         mask[..., :1, :] &= 2 in masked
     return arguments
 
 
-def _heads(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
-) -> Tensor:
+def _heads(draw: Draw, batch: int, heads: int, positions: int, channels: int) -> Tensor:
     """(batch, heads, positions, channels), with heads inside positions in memory."""
-    batch, heads, positions, channels = shape
-    memory = random_tensor((batch, positions, heads, channels), dtype, device, generator, scale=1.2, shift=0.2)
+    memory = draw(batch, positions, heads, channels, scale=1.2, shift=0.2)
     return memory.detach().transpose(1, 2).requires_grad_()
 
 
-def _random_mask(shape: tuple[int, ...], device: torch.device | str, generator: torch.Generator) -> Tensor:
-    if torch.device(device).type == "meta":
-        return torch.empty(shape, dtype=torch.bool, device=device)
-    mask = torch.rand(shape, generator=generator, device=generator.device) < 0.7
+def _random_mask(draw: Draw, *shape: int) -> Tensor:
+    if draw.empty:
+        return torch.empty(shape, dtype=torch.bool, device=draw.device)
+    mask = torch.rand(shape, generator=draw.generator, device=draw.generator.device) < 0.7
     # Two keys stay visible: of one alone the gradient of a query is 0, which PyTorch misses by its rounding too.
     mask[..., :2] = True
-    return mask.to(device)
+    return mask.to(draw.device)
 
 
 def _pairs(case: Case) -> int:

@@ -8,14 +8,13 @@ import torch
 
 from .. import configs
 from ..cross_entropy import cross_entropy, cross_entropy_reference
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 from ._rows import flops_of, small
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -26,16 +25,13 @@ def _inputs(
 
     Every third token is confident, as most are late in training; one in five is ignored, never the first.
     """
-    g = generator_of(seed)
-    x = random_tensor((rows, columns), dtype, device, g, scale=3.0)
-    if torch.device(device).type == "meta":
-        target = torch.empty(rows, dtype=torch.int64, device=device)
-    else:
-        target = torch.randint(columns, (rows,), generator=g, device=g.device).to(device)
+    x = draw(rows, columns, scale=3.0)
+    target = draw.classes(rows, columns)
+    if not draw.empty:
         peaks = x.detach()[::3]
         peaks.scatter_(1, target[::3, None], 9.0)
         target[1::5] = -100
-    weights = random_tensor((columns,), dtype, device, g).detach().abs() + 0.1 if weight else None
+    weights = draw(columns).detach().abs() + 0.1 if weight else None
     return {"input": x, "target": target, "weight": weights, **options}
 
 

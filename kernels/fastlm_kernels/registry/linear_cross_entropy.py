@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from ..linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -24,18 +23,14 @@ def _inputs(
     **options: Any,
 ) -> Arguments:
     """Hidden states (rows, columns) and a head of `classes`; one token in seven is ignored, the first one never."""
-    g = generator_of(seed)
-    arguments: Arguments = {"input": random_tensor((rows, columns), dtype, device, g)}
-    scale = 2.0 / math.sqrt(max(columns, 1))
-    arguments["linear_weight"] = random_tensor((classes, columns), dtype, device, g, scale)
-    arguments["target"] = torch.empty(rows, dtype=torch.int64, device=device)
-    if torch.device(device).type != "meta":
-        target = torch.randint(classes, (rows,), generator=g, device=g.device)
-        arguments["target"] = target.masked_fill_(torch.arange(rows, device=g.device) % 7 == 5, -100).to(device)
+    arguments: Arguments = {"input": draw(rows, columns)}
+    arguments["linear_weight"] = draw(classes, columns, scale=2.0 / math.sqrt(max(columns, 1)))
+    arguments["target"] = draw.classes(rows, classes)
+    arguments["target"][5::7] = -100
     if bias:
-        arguments["linear_bias"] = random_tensor((classes,), dtype, device, g)
+        arguments["linear_bias"] = draw(classes)
     if weight:
-        arguments["weight"] = random_tensor((classes,), dtype, device, g).detach().abs_().add_(0.2)
+        arguments["weight"] = draw(classes).detach().abs_().add_(0.2)
     return {**arguments, **options}
 
 

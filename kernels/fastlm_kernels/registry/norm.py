@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from .. import configs, norm
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 from ._rows import LARGE, OTHER_DTYPE, QUICK, flops_of, small
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -31,15 +30,14 @@ def _inputs(
     The input's mean is far from 0 against its spread: a variance without the mean subtracted, or one lost to
     cancellation, shows.
     """
-    g = generator_of(seed)
-    other = OTHER_DTYPE[dtype] if mixed else dtype
-    arguments: Arguments = {"input": random_tensor((rows, columns), dtype, device, g, scale=0.7, shift=1.5)}
+    other = OTHER_DTYPE[draw.dtype] if mixed else draw.dtype
+    arguments: Arguments = {"input": draw(rows, columns, scale=0.7, shift=1.5)}
     if residual:
-        arguments["residual"] = random_tensor((rows, columns), other, device, g, scale=2.0, shift=-0.5)
+        arguments["residual"] = draw(rows, columns, scale=2.0, shift=-0.5, dtype=other)
     arguments["normalized_shape"] = (columns,)
-    arguments["weight"] = random_tensor((columns,), other, device, g, shift=0.3) if weight else None
+    arguments["weight"] = draw(columns, shift=0.3, dtype=other) if weight else None
     if bias:
-        arguments["bias"] = random_tensor((columns,), other, device, g) if weight else None
+        arguments["bias"] = draw(columns, dtype=other) if weight else None
     return {**arguments, "eps": eps}
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import configs, rotary
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 from ._rows import OTHER_DTYPE
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -40,34 +39,27 @@ def _inputs(
     q and k are views of one projection, (batch, rows, heads, columns) in memory, or two tensors `apart`; `plain` is
     without the norm; `mixed` gives the weights another dtype.
     """
-    g = generator_of(seed)
     rotated = columns - columns % 2 if rotary_dim is None else rotary_dim
-    both = random_tensor((batch, rows, heads + kv_heads, columns), dtype, device, g, shift=0.5)
+    both = draw(batch, rows, heads + kv_heads, columns, shift=0.5)
     parts = (both.transpose(1, 2) if head_dim_axis == 1 else both).split([heads, kv_heads], head_dim_axis)
     q, k = ((x.contiguous() if apart else x).detach().requires_grad_() for x in parts)
     tables = ((batch,) if batched_tables else ()) + (rows, rotated if full_tables else rotated // 2)
-    cos, sin = (_table(tables, dtype, device, g, table_dtype) for _ in range(2))
+    cos, sin = (_table(draw, tables, table_dtype or torch.float32) for _ in range(2))
     arguments: Arguments = {"q": q, "k": k, "cos": cos, "sin": sin, "interleaved": interleaved}
     arguments |= {"head_dim_axis": head_dim_axis, "rotary_dim": rotated}
     if not plain:
         arguments["qk_norm_eps"] = eps
     if not (plain or unweighted):
-        other = OTHER_DTYPE[dtype] if mixed else dtype
-        weight_q, weight_k = (random_tensor((columns,), other, device, g, shift=0.3) for _ in range(2))
+        other = OTHER_DTYPE[draw.dtype] if mixed else draw.dtype
+        weight_q, weight_k = (draw(columns, shift=0.3, dtype=other) for _ in range(2))
         arguments |= {"q_weight": weight_q, "k_weight": weight_k, "weight_offset": weight_offset}
     return arguments
 
 
-def _table(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    generator: torch.Generator,
-    table_dtype: torch.dtype | None,
-) -> Tensor:
+def _table(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """cos or sin. No cosines: a kernel that took one for another, or a channel for its partner, shows."""
-    table = random_tensor(shape, table_dtype or torch.float32, device, generator).detach()
-    return table.double() if dtype == torch.float64 else table
+    table = draw(*shape, dtype=dtype).detach()
+    return table.double() if draw.dtype == torch.float64 else table
 
 
 def _elements(case: Case) -> int:

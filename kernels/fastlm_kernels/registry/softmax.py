@@ -11,14 +11,13 @@ import torch.nn.functional as F
 
 from .. import configs
 from ..softmax import log_softmax, softmax
-from ._kernel import Arguments, Case, Kernel, generator_of, random_tensor
+from ._kernel import Arguments, Case, Draw, Kernel, drawn
 from ._rows import LARGE, QUICK, flops_of, small, with_extremes
 
 
+@drawn
 def _inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
+    draw: Draw,
     *,
     rows: int,
     columns: int,
@@ -26,8 +25,8 @@ def _inputs(
     out: torch.dtype | None = None,
 ) -> Arguments:
     """Arguments of the softmaxes; `masked` rows begin with -inf, `out` is the result's dtype."""
-    x = with_extremes(random_tensor((rows, columns), dtype, device, generator_of(seed), scale=3.0))
-    if dtype == torch.bfloat16:
+    x = with_extremes(draw(rows, columns, scale=3.0))
+    if draw.dtype == torch.bfloat16:
         # As in the activations: an output that takes nearly the whole row.
         x.detach().clamp_(-20.0, 4.0)
     if masked:

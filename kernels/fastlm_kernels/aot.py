@@ -151,6 +151,8 @@ def specialise(launch: _runtime.Launch, architecture: str, aligned: bool) -> tup
     settings = {**launch.options, "debug": False}
     bound, specialization, rest = binder(*arguments, **launch.constexprs, **settings)
     options, signature, constexprs, attributes = fn._pack_args(backend, rest, bound, specialization, rest)
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     return ASTSource(fn, signature, constexprs, attributes), options
 
 

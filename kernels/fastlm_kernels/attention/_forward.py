@@ -17,7 +17,7 @@ from ._launch import (
     strides_of,
     switches_of,
 )
-from ._tiles import VARYING, capped, kept_by, lengths, load_tile, place, seen_by, tile_range
+from ._tiles import VARYING, capped, kept_by, lengths, load_tile, place, seen_by, softmax_step, tile_range
 
 
 @kernel()
@@ -95,14 +95,7 @@ def _attend(
                 HAS_KEY_MASK,
             )
             s = tl.where(seen, s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1) * factor)
-        base = higher
-        if MASKED or HAS_MASK or HAS_KEY_MASK:
-            # A row that has seen nothing yet: -inf - -inf would be NaN.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s * factor - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, total, top, factor, MASKED or HAS_MASK or HAS_KEY_MASK)
         if HAS_DROPOUT:
             p = tl.where(kept_by(seed, head, rows, cols[None, :], dropout), p, 0.0)
         if DESCRIPTORS:
@@ -110,7 +103,6 @@ def _attend(
         else:
             v = load_tile(v_at + start * stride_vs, (cols < S)[:, None], e_ok, MASKED, E != BLOCK_E)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
-        top = higher
     return acc, total, top
 
 

@@ -45,13 +45,19 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
         launch_decode((q, k, v, out, lse), extras, options, save_lse)
         return out, lse
     config = config_of(configs.ATTENTION_FORWARD, configs.ATTENTION_FP32, q, v, _most(extras))
-    if not _describable(config, (q, k, v), extras):
+    gluon = config.loads.startswith("gluon") and _in_gluon(config, (q, k, v), extras, options)
+    if not gluon and not _describable(config, (q, k, v), extras):
         config = configs.by_pointers(config)
     batch, longest, keys = documents_of(q, k, extras, options)
     group = q.shape[1] // k.shape[1]
     key_bytes = keys * (q.shape[-1] + v.shape[-1]) * q.itemsize
     tiles, rows, section = grid_of(batch, q.shape[1], longest, config.block_m, group, key_bytes)
     work = Work(q.shape[1], group, tiles, rows, section)
+    if gluon:
+        from ._hopper import run_hopper
+
+        run_hopper((q, k, v, out, lse), options, work, config, save_lse)
+        return out, lse
     run_forward((q, k, v, out, lse), extras, options, work, config, save_lse)
     return out, lse
 
@@ -63,12 +69,19 @@ def _most(extras: Extras) -> configs.AttentionTiles | None:
     return None if extras.key_mask is None else configs.ATTENTION_FORWARD_PADDED
 
 
+def _in_gluon(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras, options: Options) -> bool:
+    """Whether the kernel in Gluon covers the call. It is imported where a configuration asks for it."""
+    from ._hopper import covers
+
+    return covers(config, tensors, extras, options)
+
+
 def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:
     """Whether the tiles can be loaded as the configuration says: descriptors want rows on 16-byte boundaries.
 
     Warps that only load cannot load masks, which have no descriptors. A packed document may be empty, a descriptor not.
     """
-    if extras.cu_q is not None:
+    if extras.cu_q is not None or config.loads.startswith("gluon"):
         return config.loads == "pointers"
     if config.loads == "specialized" and (extras.mask is not None or extras.key_mask is not None):
         return False

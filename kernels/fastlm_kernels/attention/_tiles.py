@@ -165,6 +165,22 @@ def capped(s, scale, softcap):
 
 
 @kernel()
+def softmax_step(s, total, top, factor, MASKED: tl.constexpr):
+    """(p, shrink, total, top): the weights of one more tile of scores, and how far the sums before it shrink.
+
+    MASKED  rows may have seen nothing yet
+    """
+    higher = tl.maximum(top, tl.max(s, 1) * factor)
+    base = higher
+    if MASKED:
+        # -inf - -inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(s * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    return p, shrink, total * shrink + tl.sum(p, 1), higher
+
+
+@kernel()
 def kept_by(seed, head, rows, cols, dropout):
     """Which weights dropout keeps: a Philox word for each (head, query, key), the same in every kernel and tile."""
     rows, cols = tl.broadcast(rows, cols)

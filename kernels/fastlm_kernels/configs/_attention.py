@@ -51,6 +51,18 @@ ATTENTION_FORWARD: AttentionTable = {
         ),
     ),
 }
+# What `tune` and the bench try on sm_90 beside the table above: heads of 64 and 128 channels; fits 227 KB. 256 queries
+# x 64 keys spill with a window.
+ATTENTION_GLUON = tuple(
+    AttentionConfig(head_dim, queries, keys, 4, stages, loads)
+    for loads in ("gluon-resident", "gluon")
+    for head_dim, queries, keys, stages in (
+        (128, 128, 128, 2),
+        (128, 128, 64, 4),
+        (64, 128, 128, 3),
+        (64, 128, 64, 4),
+    )
+)
 ATTENTION_DKDV: AttentionTable = {
     "generic": (
         AttentionConfig(64, 32, 64, 4, 1),
@@ -186,12 +198,13 @@ def attention_config(
 def by_pointers(config: AttentionConfig) -> AttentionConfig:
     """The configuration with pointers for tensors that descriptors cannot read: tiles that then need no more registers.
 
-    A specialized one has two warp groups that compute.
+    A specialized one, and Gluon's, has two warp groups that compute.
     """
     if config.loads == "pointers":
         return config
-    warps = config.num_warps * (2 if config.loads == "specialized" else 1)
-    return replace(config, loads="pointers", num_warps=warps, block_n=min(config.block_n, 64))
+    warps = config.num_warps * (1 if config.loads == "descriptors" else 2)
+    queries, keys, stages = min(config.block_m, 128), min(config.block_n, 64), min(config.num_stages, 3)
+    return replace(config, loads="pointers", num_warps=warps, block_m=queries, block_n=keys, num_stages=stages)
 
 
 def attention_section(bytes_each: int) -> int:

@@ -37,7 +37,9 @@ class AttentionConfig:
     num_stages  tiles of what a program walks that are in flight: all but one of them in shared memory
     loads       how the forward loads its tiles: by pointers; by descriptors, for the tensor memory accelerator of sm_90
                 and later; or "specialized", by descriptors in a warp group of its own beside those that compute (of
-                num_warps warps each). Only measured tables ask for descriptors: no GPU has run them yet.
+                num_warps warps each). "gluon" is the kernel of attention/_hopper.py, for sm_90 alone: a warp loads, two
+                groups of 4 warps compute in turns; "gluon-resident" the same with a program a multiprocessor. Only
+                measured tables ask for anything but pointers: no GPU has run the others yet.
     """
 
     head_dim: int
@@ -45,7 +47,7 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    loads: Literal["pointers", "descriptors", "specialized"] = "pointers"
+    loads: Literal["pointers", "descriptors", "specialized", "gluon", "gluon-resident"] = "pointers"
 
 
 @dataclass(frozen=True)

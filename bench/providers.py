@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastlm_kernels import _runtime, configs
+from fastlm_kernels.check import check_kernel
 from fastlm_kernels.registry import Case, Kernel
 
 _memory: Any = torch.utils.deterministic
@@ -133,6 +135,8 @@ def _attention_providers(kernel: Kernel, case: Case, direction: str, gpu: bool) 
     differentiates = direction != "forward"
     if gpu and differentiates:
         yield Provider("fastlm-unordered", _unordered)
+    if gpu and not differentiates and kernel.name == "scaled_dot_product_attention" and _in_gluon(case):
+        yield Provider("fastlm-gluon", partial(_checked, case), "deterministic", partial(_trying_gluon, case))
     if gpu and kernel.name == "varlen_attn":
         yield Provider("torch-varlen", _torchs_varlen)
     if kernel.name == "scaled_dot_product_attention" and not (case.get("softcap") or case.get("lse")):
@@ -151,6 +155,29 @@ def _attention_providers(kernel: Kernel, case: Case, direction: str, gpu: bool) 
             call = partial(_flash, module, open_side, ordered)
             suffix, mode = ("-deterministic", "deterministic") if ordered else ("", "default")
             yield Provider(name + suffix, lambda kernel, call=call: call, mode)
+
+
+def _in_gluon(case: Case) -> bool:
+    """Whether the forward in Gluon, which no shipped table chooses, does this case."""
+    other = {"padded", "masked", "dropout", "values", "keys", "one_pass"} & set(case)
+    return not other and any(config.head_dim == case["columns"] for config in configs.ATTENTION_GLUON)
+
+
+def _trying_gluon(case: Case) -> AbstractContextManager[None]:
+    """With its first tile for such heads in the place of the table's."""
+    config = next(config for config in configs.ATTENTION_GLUON if config.head_dim == case["columns"])
+    return configs.trying("ATTENTION_FORWARD", "sm_90", (config,))
+
+
+def _checked(case: Case, kernel: Kernel) -> Function:
+    """The public function, once it has met the accuracy rule on a few heads."""
+    if _runtime.architecture(torch.device("cuda", torch.cuda.current_device())) != "sm_90":
+        raise ValueError("for sm_90 alone")
+    few = {**case, "rows": min(case["rows"], 512), "batch": 1, "heads": 2, "kv_heads": 1}
+    errors = check_kernel(kernel, few, torch.bfloat16, "cuda")
+    if not all(error.ok for error in errors):
+        raise ValueError(f"not accurate: {errors}")
+    return kernel.fused
 
 
 def _flash(module: str, open_side: int | None, ordered: bool, **arguments: Any) -> Tensor:

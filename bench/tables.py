@@ -17,6 +17,7 @@ _TITLES = {**DIRECTIONS, "step": "step", "clipped": "clipped", "host": "host tim
 _RIVALS = ("eager", "compile", "liger")
 _ATTENTION_RIVALS = (
     "fastlm-unordered",
+    "fastlm-gluon",
     "eager",
     "compile",
     "torch-varlen",

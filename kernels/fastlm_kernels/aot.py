@@ -56,6 +56,7 @@ SHARED_LIMIT = {
     "gfx942": 64 * _KB,
 }
 _MOST_THREADS = 1024  # of one program
+_IN_TRITON = {"padded", "masked", "one_pass", "keys"}  # what attention's forward in Gluon does not cover, or repeats
 _STEP_MODULES = ("_eight_bits", "_muon_plan", "_plan", "_symmetric", "_update", "steps")
 _SHARED_MODULES = ("aot", "configs", "registry", "_math", "_rows", "_runtime")
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
@@ -94,13 +95,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """One registry kernel on one case, dtype, architecture and alignment."""
+    """One registry kernel on one case, dtype, architecture and alignment.
+
+    trial  a configuration of attention's forward that no table holds: its binary alone
+    """
 
     kernel: int
     case: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
     architecture: str
     aligned: bool
+    trial: configs.AttentionConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -246,12 +251,26 @@ def step_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
                     yield Job(index, tuple(case.items()), dtype, architecture, True)
 
 
+def trial_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
+    """Attention's forward in Gluon, which `tune` tries on sm_90: each tile, or the first of each head dimension."""
+    index, kernel = next((i, k) for i, k in enumerate(KERNELS) if k.name == "scaled_dot_product_attention")
+    tiles = [config for config in configs.ATTENTION_GLUON if config.loads == "gluon"]
+    for config in tiles if every else {c.head_dim: c for c in reversed(tiles)}.values():
+        cases = [case for case in kernel.compiled if case["columns"] == config.head_dim and not set(case) & _IN_TRITON]
+        for case in (cases if every else cases[:1]) if "sm_90" in architectures else ():
+            yield Job(index, tuple(case.items()), torch.bfloat16, "sm_90", True, config)
+
+
 def run(job: Job) -> list[Row]:
     """The report's rows for one job."""
     kernel, case = (*KERNELS, *STEPS)[job.kernel], dict(job.case)
     call = f"{kernel.name} {case_name(case)} {str(job.dtype).removeprefix('torch.')}"
     least = sum(kernel.traffic(case, job.dtype, backward) for backward in (False, True))
-    launches = record(job.kernel, case, job.dtype, job.architecture)
+    if job.trial is None:
+        launches = record(job.kernel, case, job.dtype, job.architecture)
+    else:
+        with configs.trying("ATTENTION_FORWARD", job.architecture, (job.trial,)):
+            launches = record(job.kernel, case, job.dtype, job.architecture)[:1]
     return [describe(launch, job.architecture, job.aligned, call, least) for launch in launches]
 
 
@@ -327,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     if not _runtime.HAS_TRITON or _runtime.INTERPRETED:
         parser.exit(1, "Triton is missing or interprets: install it and unset TRITON_INTERPRET\n")
     architectures = options.arch or (configs.ARCHITECTURES if options.all else QUICK_ARCHITECTURES)
-    work = [*jobs(options.all, architectures), *step_jobs(options.all, architectures)]
+    work = [make for jobs_of in (jobs, step_jobs, trial_jobs) for make in jobs_of(options.all, architectures)]
     rows = collect(work, options.workers)
     for row in rows:
         values = (f"{k}={v}" for k, v in asdict(row).items() if k != "constexprs")

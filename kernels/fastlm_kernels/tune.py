@@ -89,6 +89,10 @@ def kernel_named(name: str) -> Kernel:
 
 def candidates(config: Any, loops: bool) -> Iterator[Any]:
     """The tiles around `config`: half and twice the size, the warps and, where the kernel `loops`, other depths."""
+    if getattr(config, "loads", "").startswith("gluon"):
+        # Its tile and its warps belong together; with one stage K would wait for V.
+        yield from (replace(config, num_stages=stages) for stages in (2, 3, 4))
+        return
     size = "tile_bytes" if isinstance(config, ElementwiseConfig) else "block_m"
     for factor, warps in itertools.product((0.5, 1, 2), repeat=2):
         changes = {size: int(getattr(config, size) * factor), "num_warps": int(config.num_warps * warps)}
@@ -103,6 +107,11 @@ def descriptor_candidates(present: AttentionConfig) -> Iterator[AttentionConfig]
     yield replace(present, loads="descriptors")
     for queries, keys, stages in ((128, 64, 3), (128, 64, 2), (128, 128, 2), (64, 128, 2)):
         yield AttentionConfig(present.head_dim, queries, keys, 4, stages, "specialized")
+
+
+def gluon_candidates(present: AttentionConfig) -> Iterator[AttentionConfig]:
+    """The tiles of attention's forward in Gluon for heads of just so many channels; for sm_90."""
+    return (config for config in configs.ATTENTION_GLUON if config.head_dim == present.head_dim)
 
 
 def bucket_case(subject: Subject, config: Any, kernel: Kernel) -> Case:
@@ -179,6 +188,8 @@ def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -
     tried = candidates(present, "BACKWARD" in subject.table or isinstance(present, AttentionConfig))
     if subject.table == "ATTENTION_FORWARD" and architecture in configs.WITH_TENSOR_MEMORY_ACCELERATOR:
         tried = itertools.chain(tried, descriptor_candidates(present))
+    if subject.table == "ATTENTION_FORWARD" and architecture == "sm_90":
+        tried = itertools.chain(tried, gluon_candidates(present))
     # The present one first, so that all others have something to beat.
     for config in dict.fromkeys((present, *tried)):
         with configs.trying(subject.table, architecture, (*table[:index], config, *table[index + 1 :])):

@@ -460,6 +460,8 @@ def run_hopper(
     programs = tiles * rows
     resident = config.loads == "gluon-resident"
     own, keys = config.block_m // 2, config.block_n
+    if options.softcap > 0.0 and q.shape[-1] > 64:
+        keys = min(keys, 64)  # the soft-cap's arithmetic on 128 keys spills beside 128 channels
     _runtime.launch(
         attention_hopper_kernel,
         (min(programs, _runtime.multiprocessors(q.device)) if resident else programs,),

@@ -7,8 +7,8 @@ with stand-ins for `gl`, `tl`, `tma`, `mbarrier` and the warp-group products. Wh
                     copies, products and shared memory is drawn from the seed
     mbarriers       arrivals, expected bytes and a phase of which `wait` sees the parity alone; an arrival too many is
                     an error
-    loads           overwrite the tile with NaN when issued and fill it at a later, random moment, in any order; outside
-                    the descriptor they read 0
+    loads           overwrite the tile with NaN when issued and fill it at a later, random moment, or when nothing else
+                    can happen, in any order; outside the descriptor they read 0
     stores          read the tile at a random moment until `store_wait`, and see what was stored before a fence alone
     products        read shared memory from when they are issued until they are waited for: if it changes meanwhile,
                     the result is NaN. A result in use before it was waited for is an error
@@ -43,6 +43,15 @@ class _Stopped(BaseException):
     """Ends a partition's thread after another one has failed."""
 
 
+@dataclass(eq=False)
+class Copy:
+    """On its way; of a store who issued it."""
+
+    storer: str | None
+    happen: Callable[[], None]
+    last: bool
+
+
 @dataclass
 class Machine:
     """One program: its partitions, and copies on their way."""
@@ -51,7 +60,7 @@ class Machine:
     program: int
     programs: int
     waiting: dict[str, Any] = field(default_factory=dict)  # by partition: when it may go on; None where it may now
-    copies: list[tuple[str | None, Callable[[], None]]] = field(default_factory=list)  # (its storer, do it)
+    copies: list[Copy] = field(default_factory=list)
     products: dict[str, list[Product]] = field(default_factory=dict)
     unfenced: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
     batons: dict[str, threading.Semaphore] = field(default_factory=dict)
@@ -88,7 +97,11 @@ class Machine:
         self.back.release()
 
     def _stores(self, name: str) -> list[Any]:
-        return [copy for copy in self.copies if copy[0] == name]
+        return [copy for copy in self.copies if copy.storer == name]
+
+    def copy(self, storer: str | None, happen: Callable[[], None]) -> None:
+        """Issue a copy; some come when nothing else can happen, the others at any moment."""
+        self.copies.append(Copy(storer, happen, last=self.chance.random() < 0.3))
 
     def specialise(self, functions: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> None:
         """Run the partitions to their ends."""
@@ -112,16 +125,18 @@ class Machine:
     def _step(self) -> None:
         """A copy arrives, or a partition that may goes on until it pauses."""
         ready = [name for name, (until, _) in self.waiting.items() if self.failure or until is None or until()]
-        if not ready and not self.copies:
+        copies = [copy for copy in self.copies if not copy.last] if ready else self.copies
+        if not ready and not copies:
             where = "; ".join(f"{name} waits for {where}" for name, (_, where) in self.waiting.items())
             self.failure = ProtocolError(f"deadlock: {where}")
             return
-        chosen = self.chance.randrange(len(ready) + len(self.copies))
-        if chosen < len(ready):
-            self.batons[ready[chosen]].release()
+        chosen = self.chance.choice([*ready, *copies])
+        if isinstance(chosen, str):
+            self.batons[chosen].release()
             self.back.acquire()
         else:
-            self.copies.pop(chosen - len(ready))[1]()
+            self.copies.remove(chosen)
+            chosen.happen()
 
 
 @dataclass
@@ -293,11 +308,11 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
             source.read(corner, tile.memory)
             barrier.it.move(0, -source.block_type.nbytes)
 
-        machine.copies.append((None, arrives))
+        machine.copy(None, arrives)
 
     def store(target: Descriptor, corner: list[int], tile: Shared) -> None:
         pause()
-        machine.copies.append((machine.me(), lambda: target.write(corner, tile.memory)))
+        machine.copy(machine.me(), lambda: target.write(corner, tile.memory))
 
     def store_wait(pending: int) -> None:
         own = machine.me()

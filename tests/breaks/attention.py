@@ -57,16 +57,16 @@ MUTATIONS = (
     ),
     Mutation(
         "attention: the sum not rescaled to a new maximum",
-        "attention/_forward.py",
-        "total = total * shrink + tl.sum(p, 1)",
-        "total = total + tl.sum(p, 1)",
+        "attention/_tiles.py",
+        "total * shrink + tl.sum(p, 1)",
+        "total + tl.sum(p, 1)",
         "test_attention.py::test_lengths_around_tiles[False-127]",
     ),
     Mutation(
         "attention: a query that has seen nothing yet subtracts -inf",
-        "attention/_forward.py",
-        '            base = tl.where(higher == float("-inf"), 0.0, higher)\n        p =',
-        "            base = higher\n        p =",
+        "attention/_tiles.py",
+        '        base = tl.where(higher == float("-inf"), 0.0, higher)\n    p =',
+        "        base = higher\n    p =",
         "test_attention.py::test_rows_that_see_nothing_give_zero_and_no_gradient",
     ),
     Mutation(

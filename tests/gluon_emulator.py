@@ -160,8 +160,9 @@ class Barrier:
 class Shared:
     """A view of shared memory."""
 
-    def __init__(self, machine: Machine, memory: Tensor, barriers: list[Barrier | None] | None = None):
-        self.machine, self.memory, self.barriers = machine, memory, barriers
+    def __init__(self, machine: Machine, memory: Tensor, barriers: int = 0):
+        self.machine, self.memory = machine, memory
+        self.barriers: list[Barrier | None] = [None] * barriers
 
     @property
     def shape(self) -> list[int]:
@@ -172,7 +173,7 @@ class Shared:
         return self.memory.dtype
 
     def index(self, i: int) -> Any:
-        if self.barriers is not None:
+        if self.barriers:
             return BarrierRef(self.barriers, i)
         if not 0 <= i < self.memory.shape[0]:
             raise ProtocolError(f"buffer {i} of {self.memory.shape[0]}")
@@ -232,9 +233,9 @@ class Product:
         acc = self.acc.result if isinstance(self.acc, Product) else self.acc
         if acc is None:
             raise ProtocolError("a product adds to one that is not done")
-        self.result = self.seen[0] @ self.seen[1] + (acc if self.use_acc else 0.0)
-        if not all(torch.equal(x, y) for x, y in zip(self.seen, self._operands(), strict=True)):
-            self.result = torch.full_like(self.result, math.nan)
+        result = self.seen[0] @ self.seen[1] + (acc if self.use_acc else 0.0)
+        intact = all(torch.equal(x, y) for x, y in zip(self.seen, self._operands(), strict=True))
+        self.result = result if intact else torch.full_like(result, math.nan)
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,7 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
 
     def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
         if dtype == torch.int64:
-            return Shared(machine, torch.empty(0), [None] * shape[0])
+            return Shared(machine, torch.empty(0), shape[0])
         return Shared(machine, torch.full(shape, math.nan, dtype=dtype))
 
     def save(pointer: Pointer, value: Tensor, mask: Tensor) -> None:

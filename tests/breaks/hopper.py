@@ -92,6 +92,20 @@ MUTATIONS = (
         CAUSAL,
     ),
     Mutation(
+        "hopper: one group's reading is enough to load keys over",
+        FILE,
+        "        _barriers(STAGES, 2),\n        _barriers(STAGES, 1),\n        _barriers(STAGES, 2),",
+        "        _barriers(STAGES, 1),\n        _barriers(STAGES, 1),\n        _barriers(STAGES, 2),",
+        CAUSAL,
+    ),
+    Mutation(
+        "hopper: values where keys belong",
+        FILE,
+        "(_load, (Q, K, V, buffers",
+        "(_load, (Q, V, K, buffers",
+        CAUSAL,
+    ),
+    Mutation(
         "hopper: a turn not passed on",
         FILE,
         "        mbarrier.arrive(turn.index(1 - HALF), count=1)\n        s = warpgroup_mma_wait(1",

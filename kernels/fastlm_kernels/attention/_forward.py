@@ -102,7 +102,7 @@ def _attend(
             v = v_at.load([start, 0])
         else:
             v = load_tile(v_at + start * stride_vs, (cols < S)[:, None], e_ok, MASKED, E != BLOCK_E)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
     return acc, total, top
 
 

@@ -18,18 +18,23 @@ and the protocol; what the compiler makes of them, and how fast that is, only a 
 shipped table asks for it; `tune` tries it.
 """
 
+# Gluon's annotations describe its compiler's objects, not what a kernel's text sees.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import _runtime, configs
+from .._runtime import HAS_TRITON, tl
 from ._launch import Extras, Options, steps_of, unit_of
 from ._tiles import VARYING, capped, place, seen_by, softmax_step, tile_range
 
-try:
+if HAS_TRITON or TYPE_CHECKING:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,25 +45,22 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon: Any = None
-    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = gluon
 
 HEAD_DIMS = (64, 128)
 
 
-def _kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """`gluon.jit`; where there is no Gluon the function stays as it is and is never called."""
+def _gluon(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`gluon.jit`; where Triton is missing the function stays as it is and is never called."""
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        return fn if gluon is None else gluon.jit(fn, do_not_specialize=list(do_not_specialize))
+        return gluon.jit(fn, do_not_specialize=list(do_not_specialize)) if HAS_TRITON else fn
 
     return decorate
 
 
 def _constexpr(fn: Callable[..., Any]) -> Any:
     """A function of constants that kernels call while they are compiled."""
-    return fn if gluon is None else gluon.constexpr_function(fn)
+    return gluon.constexpr_function(fn) if HAS_TRITON else fn
 
 
 @_constexpr
@@ -67,7 +69,7 @@ def _product(columns: Any) -> Any:
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
-@_kernel()
+@_gluon()
 def _work(
     program,
     sizes,
@@ -96,7 +98,7 @@ def _work(
     return batch, head, start, shift, begin, whole, gl.maximum(edge // BLOCK_N, whole), end
 
 
-@_kernel()
+@_gluon()
 def _load_tile(DESCRIPTOR, batch, head, start, full, empty, phase, tile):
     """Fill `tile` once its last content has been read; `full` counts the bytes that arrive."""
     mbarrier.wait(empty, phase ^ 1)
@@ -104,7 +106,7 @@ def _load_tile(DESCRIPTOR, batch, head, start, full, empty, phase, tile):
     tma.async_copy_global_to_shared(DESCRIPTOR, [batch, head, start, 0], full, tile)
 
 
-@_kernel()
+@_gluon()
 def _load(
     Q,
     K,
@@ -129,7 +131,7 @@ def _load(
             program, sizes, BLOCK_M, BLOCK_N, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT
         )
         key_head = head // group
-        for half in gl.static_range(2):
+        for half in tl.static_range(2):
             at = start + half * (BLOCK_M // 2)
             _load_tile(Q, batch, head, at, q_full.index(half), q_empty.index(half), q_phase, q_tiles.index(half))
         for i in range(end - begin):
@@ -143,7 +145,7 @@ def _load(
         q_phase = q_phase ^ 1
 
 
-@_kernel()
+@_gluon()
 def _scores(q, buffers, barriers, done, HALF: gl.constexpr):
     """Issue S = Q K^T for the tile of keys number `done` of this program, at this group's turn."""
     k_tiles, k_full, turn = buffers[1], barriers[2], barriers[6]
@@ -158,7 +160,7 @@ def _scores(q, buffers, barriers, done, HALF: gl.constexpr):
     return warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
 
 
-@_kernel()
+@_gluon()
 def _values(acc, p, buffers, barriers, done):
     """Issue O += P V for the tile of keys number `done`."""
     v_tiles, v_full = buffers[2], barriers[4]
@@ -168,7 +170,7 @@ def _values(acc, p, buffers, barriers, done):
     return warpgroup_mma(p, v_tiles.index(stage).reshape([p.shape[1], acc.shape[1]]), acc, is_async=True)
 
 
-@_kernel()
+@_gluon()
 def _weights(
     s,
     total,
@@ -197,7 +199,7 @@ def _weights(
     return softmax_step(s, total, top, factor, MASKED)
 
 
-@_kernel()
+@_gluon()
 def _walk(
     acc,
     p,
@@ -246,7 +248,7 @@ def _walk(
     return acc, p, total, top, done
 
 
-@_kernel()
+@_gluon()
 def _attend(
     OUT,
     LSE,
@@ -295,7 +297,7 @@ def _attend(
         p = gl.convert_layout(weights.to(OUT.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         done += 1
         # Tiles on the right edge, whole tiles, tiles on the left edge. Without a window there is but one on the right.
-        for phase in gl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+        for phase in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             low = gl.minimum(edge if phase == 0 else (whole if phase == 1 else begin), end)
             acc, p, total, top, done = _walk(
                 acc,
@@ -338,23 +340,23 @@ def _attend(
     tma.store_wait(0)
 
 
-@_kernel()
+@_gluon()
 def _barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
     """N barriers, each of whose phases ends with that many arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
+    for i in tl.static_range(N):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
     return barriers
 
 
-@_kernel()
+@_gluon()
 def _buffers(N: gl.constexpr, DESCRIPTOR):
     """N tiles as the descriptor reads or writes them."""
     shape: gl.constexpr = DESCRIPTOR.block_type.shape
     return gl.allocate_shared_memory(DESCRIPTOR.dtype, [N, 1, 1, shape[2], shape[3]], DESCRIPTOR.layout)
 
 
-@_kernel(do_not_specialize=(*VARYING, "programs"))
+@_gluon(do_not_specialize=(*VARYING, "programs"))
 def attention_hopper_kernel(
     Q,
     K,
@@ -420,7 +422,7 @@ def covers(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras:
     documents or dropout. Positions, heads and batches lie apart, on 16-byte boundaries.
     """
     q, _, v = tensors
-    if gluon is None or _runtime.architecture(q.device) != "sm_90":
+    if _runtime.architecture(q.device) != "sm_90":
         return False
     if any(x is not None for x in extras) or options.dropout > 0.0:
         return False

@@ -109,7 +109,7 @@ class Machine:
         for number, (function, arguments) in enumerate(functions):
             name = f"partition {number}"
             self.batons[name], self.waiting[name] = threading.Semaphore(0), (None, "")
-            self.products[name], self.unfenced[name] = [], []
+            self.products[name] = []
             threads.append(threading.Thread(target=self._body, args=(name, function, arguments), name=name))
         for thread in threads:
             thread.start()
@@ -189,7 +189,7 @@ class Shared:
         """Written by threads: the copy engine sees it after a fence."""
         self.machine.pause()
         self.memory.fill_(math.nan)
-        self.machine.unfenced[self.machine.me()].append(lambda: self.memory.copy_(value))
+        self.machine.unfenced.setdefault(self.machine.me(), []).append(lambda: self.memory.copy_(value))
 
 
 @dataclass
@@ -321,9 +321,8 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
 
     def fence() -> None:
         pause()
-        for write in machine.unfenced[machine.me()]:
+        for write in machine.unfenced.pop(machine.me(), []):
             write()
-        machine.unfenced[machine.me()].clear()
 
     def product(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
         pause()

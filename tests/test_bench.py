@@ -143,6 +143,8 @@ def test_a_gpu_times_every_rival(monkeypatch: pytest.MonkeyPatch) -> None:
             names = by_case["scaled_dot_product_attention", "backward", f"{shape}-causal"]
             assert names >= backends | {"flash-attn-2", "flash-attn-3", "flash-attn-4", "fastlm-unordered"}
             assert names >= {"sdpa-flash-deterministic", "flash-attn-2-deterministic"}
+            assert "fastlm-gluon" not in names
+            assert "fastlm-gluon" in by_case["scaled_dot_product_attention", "forward", f"{shape}-causal"]
     assert "liger" in by_case["rms_norm", "forward_backward", "rows8192-columns768"]
     features = {name for kernel, _, name in by_case if kernel == "scaled_dot_product_attention"}
     for feature in ("window", "kv_heads4", "softcap", "padded", "masked", "lse", "dropout", "keys32768"):

@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "hopper: values of another stage",
         FILE,
-        "    return warpgroup_mma(p, v_tiles.index(stage)",
-        "    return warpgroup_mma(p, v_tiles.index((stage + 1) % STAGES)",
+        "    v = v_tiles.index(stage)",
+        "    v = v_tiles.index((stage + 1) % STAGES)",
         CAUSAL,
     ),
     Mutation(

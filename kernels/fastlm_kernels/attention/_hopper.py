@@ -161,13 +161,15 @@ def _scores(q, buffers, barriers, done, HALF: gl.constexpr):
 
 
 @_gluon()
-def _values(acc, p, buffers, barriers, done):
-    """Issue O += P V for the tile of keys number `done`."""
+def _values(acc, weights, buffers, barriers, done):
+    """(what is issued, its P): O += P V for the tile of keys number `done`."""
     v_tiles, v_full = buffers[2], barriers[4]
     STAGES: gl.constexpr = v_tiles.shape[0]
     stage = done % STAGES
     mbarrier.wait(v_full.index(stage), done // STAGES & 1)
-    return warpgroup_mma(p, v_tiles.index(stage).reshape([p.shape[1], acc.shape[1]]), acc, is_async=True)
+    v = v_tiles.index(stage).reshape([weights.shape[1], acc.shape[1]])
+    p = gl.convert_layout(weights.to(v_tiles.dtype), gl.DotOperandLayout(0, _product(acc.shape[1]), 2))
+    return warpgroup_mma(p, v, acc, is_async=True), p
 
 
 @_gluon()
@@ -200,9 +202,17 @@ def _weights(
 
 
 @_gluon()
+def _held(weights, dtype: gl.constexpr, D: gl.constexpr):
+    """Weights until the next tile: in 16 bits, which costs two moves a pair of them, only where 32 would spill."""
+    if weights.shape[1] * D > 8192:
+        weights = weights.to(dtype)
+    return weights
+
+
+@_gluon()
 def _walk(
     acc,
-    p,
+    weights,
     total,
     top,
     q,
@@ -220,16 +230,17 @@ def _walk(
     HALF: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Tiles of keys from end - 1 down to `begin`; p are the weights of the tile before, whose P V is not issued yet."""
+    """Tiles of keys from end - 1 down to `begin`; `weights` are the tile's before, whose P V is not issued yet."""
     k_tiles = buffers[1]
     _q_full, _q_empty, _k_full, k_empty, v_full, v_empty, turn = barriers
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[3]
-    O_LAYOUT: gl.constexpr = _product(acc.shape[1])
+    D: gl.constexpr = k_tiles.shape[4]
+    O_LAYOUT: gl.constexpr = _product(D)
     for i in range(end - begin):
         stage, before, phase = done % STAGES, (done - 1) % STAGES, (done - 1) // STAGES & 1
         s = _scores(q, buffers, barriers, done, HALF)
-        acc = _values(acc, p, buffers, barriers, done - 1)
+        acc, p = _values(acc, weights, buffers, barriers, done - 1)
         mbarrier.arrive(turn.index(1 - HALF), count=1)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -243,9 +254,9 @@ def _walk(
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        p = gl.convert_layout(weights.to(p.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        weights = _held(weights, k_tiles.dtype, D)
         done += 1
-    return acc, p, total, top, done
+    return acc, weights, total, top, done
 
 
 @_gluon()
@@ -294,14 +305,14 @@ def _attend(
         weights, _shrink, total, top = _weights(
             s, total, top, rows, end * BLOCK_N, sight, sizes, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True
         )
-        p = gl.convert_layout(weights.to(OUT.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        weights = _held(weights, OUT.dtype, D)
         done += 1
         # Tiles on the right edge, whole tiles, tiles on the left edge. Without a window there is but one on the right.
         for phase in tl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
             low = gl.minimum(edge if phase == 0 else (whole if phase == 1 else begin), end)
-            acc, p, total, top, done = _walk(
+            acc, weights, total, top, done = _walk(
                 acc,
-                p,
+                weights,
                 total,
                 top,
                 q,
@@ -321,7 +332,7 @@ def _attend(
             )
             end = low
         mbarrier.arrive(q_empty.index(HALF), count=1)
-        acc = _values(acc, p, buffers, barriers, done - 1)
+        acc, p = _values(acc, weights, buffers, barriers, done - 1)
         # out = sum of p v / sum of p; a row that saw nothing has 0 / 1
         norm = gl.where(total == 0.0, 1.0, total)
         if SAVE_LSE:
@@ -396,6 +407,8 @@ def attention_hopper_kernel(
         _barriers(STAGES, 2),
         _barriers(2, 1),
     )
+    # The copy engine must see the barriers too.
+    fence_async_shared()
     sizes = (T, S, programs, heads, group, tiles, rows_of_heads, section, left, right, scale, softcap)
     gl.warp_specialize(
         [

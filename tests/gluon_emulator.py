@@ -86,7 +86,7 @@ class Machine:
         try:
             if self.failure is None:
                 function(*arguments)
-                for kind, left in (("products", self.products[name]), ("stores", self._stores(name))):
+                for kind, left in (("products", self.products[name]), ("stores", self.stores(name))):
                     if left:
                         raise ProtocolError(f"{name} ends with {kind} on their way")
         except _Stopped:
@@ -96,7 +96,7 @@ class Machine:
         del self.waiting[name]
         self.back.release()
 
-    def _stores(self, name: str) -> list[Any]:
+    def stores(self, name: str) -> list[Any]:
         return [copy for copy in self.copies if copy.storer == name]
 
     def copy(self, storer: str | None, happen: Callable[[], None]) -> None:
@@ -284,25 +284,33 @@ class Pointer:
 
 def stand_ins(machine: Machine) -> dict[str, Any]:
     """What kernels find under `gl`, `tl`, `mbarrier`, `tma` and the names imported from Hopper's module."""
-    pause = machine.pause
+    language = _language(machine)
+    return {"gl": language, "tl": language, "mbarrier": _barriers(machine), **_copies(machine), **_products(machine)}
 
+
+def _barriers(machine: Machine) -> types.SimpleNamespace:
     def wait(barrier: BarrierRef, phase: int) -> None:
         it = barrier.it
-        pause(lambda: it.phase & 1 != phase, f"the end of a phase of parity {phase} of {it.name}, in {it.phase}")
+        where = f"the end of a phase of parity {phase} of {it.name}, which is in {it.phase}"
+        machine.pause(lambda: it.phase & 1 != phase, where)
 
     def arrive(barrier: BarrierRef, count: int = 1) -> None:
-        pause()
+        machine.pause()
         barrier.it.move(count, 0)
 
     def expect(barrier: BarrierRef, bytes: int) -> None:
-        pause()
+        machine.pause()
         barrier.it.move(1, bytes)
 
     def init(barrier: BarrierRef, count: int) -> None:
         barrier.array[barrier.i] = Barrier(count, count, f"barrier {barrier.i} of {len(barrier.array)}")
 
+    return types.SimpleNamespace(wait=wait, arrive=arrive, expect=expect, init=init, MBarrierLayout=lambda: None)
+
+
+def _copies(machine: Machine) -> dict[str, Any]:
     def load(source: Descriptor, corner: list[int], barrier: BarrierRef, tile: Shared) -> None:
-        pause()
+        machine.pause()
         tile.memory.fill_(math.nan)
 
         def arrives() -> None:
@@ -312,26 +320,31 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
         machine.copy(None, arrives)
 
     def store(target: Descriptor, corner: list[int], tile: Shared) -> None:
-        pause()
+        machine.pause()
         machine.copy(machine.me(), lambda: target.write(corner, tile.memory))
 
     def store_wait(pending: int) -> None:
         own = machine.me()
-        pause(lambda: len(machine._stores(own)) <= pending, "its stores")
+        machine.pause(lambda: len(machine.stores(own)) <= pending, "its stores")
 
     def fence() -> None:
-        pause()
+        machine.pause()
         for write in machine.unfenced.pop(machine.me(), []):
             write()
 
+    names = {"async_copy_global_to_shared": load, "async_copy_shared_to_global": store, "store_wait": store_wait}
+    return {"tma": types.SimpleNamespace(**names), "fence_async_shared": fence}
+
+
+def _products(machine: Machine) -> dict[str, Any]:
     def product(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
-        pause()
+        machine.pause()
         issued = Product(a, b, acc, use_acc)
         machine.products[machine.me()].append(issued)
-        return issued if is_async else product_wait(0, [issued])
+        return issued if is_async else wait(0, [issued])
 
-    def product_wait(outstanding: int, deps: list[Any]) -> Any:
-        pause()
+    def wait(outstanding: int, deps: list[Any]) -> Any:
+        machine.pause()
         mine = machine.products[machine.me()]
         while len(mine) > outstanding:
             mine.pop(0).finish()
@@ -340,24 +353,16 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
             raise ProtocolError("a result taken while its product is on its way")
         return results[0] if len(results) == 1 else tuple(results)
 
+    return {"warpgroup_mma": product, "warpgroup_mma_wait": wait}
+
+
+def _language(machine: Machine) -> types.SimpleNamespace:
     def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
         if dtype == torch.int64:
             return Shared(machine, torch.empty(0), shape[0])
         return Shared(machine, torch.full(shape, math.nan, dtype=dtype))
 
-    def save(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-        pointer.flat[pointer.at[mask]] = value[mask]
-
-    def either(condition: Any, x: Any, y: Any) -> Any:
-        return torch.where(condition, x, y) if isinstance(condition, Tensor) else (x if condition else y)
-
-    def larger(x: Any, y: Any) -> Any:
-        return torch.maximum(x, y) if isinstance(x, Tensor) else max(x, y)
-
-    def smaller(x: Any, y: Any) -> Any:
-        return x.clamp(max=y) if isinstance(x, Tensor) else min(x, y)
-
-    language = types.SimpleNamespace(
+    return types.SimpleNamespace(
         float32=torch.float64,
         int64=torch.int64,
         program_id=lambda axis: machine.program,
@@ -365,10 +370,10 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
         static_range=range,
         warp_specialize=lambda functions, warps, registers: machine.specialise(functions),
         allocate_shared_memory=allocate,
-        store=save,
-        where=either,
-        maximum=larger,
-        minimum=smaller,
+        store=_store,
+        where=lambda c, x, y: torch.where(c, x, y) if isinstance(c, Tensor) else (x if c else y),
+        maximum=lambda x, y: torch.maximum(x, y) if isinstance(x, Tensor) else max(x, y),
+        minimum=lambda x, y: x.clamp(max=y) if isinstance(x, Tensor) else min(x, y),
         cdiv=lambda x, y: -(-x // y),
         cast=lambda x, dtype: x,
         arange=lambda low, high, layout=None: torch.arange(low, high),
@@ -377,25 +382,13 @@ def stand_ins(machine: Machine) -> dict[str, Any]:
         convert_layout=lambda x, layout: x,
         max=lambda x, axis: x.amax(axis),
         sum=lambda x, axis: x.sum(axis),
-        exp=torch.exp,
-        exp2=torch.exp2,
-        log2=torch.log2,
-        abs=torch.abs,
+        **{name: getattr(torch, name) for name in ("exp", "exp2", "log2", "abs")},
         **dict.fromkeys(("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout"), lambda *parts: None),
     )
-    return {
-        "gl": language,
-        "tl": language,
-        "mbarrier": types.SimpleNamespace(
-            wait=wait, arrive=arrive, expect=expect, init=init, MBarrierLayout=lambda: None
-        ),
-        "tma": types.SimpleNamespace(
-            async_copy_global_to_shared=load, async_copy_shared_to_global=store, store_wait=store_wait
-        ),
-        "fence_async_shared": fence,
-        "warpgroup_mma": product,
-        "warpgroup_mma_wait": product_wait,
-    }
+
+
+def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+    pointer.flat[pointer.at[mask]] = value[mask]
 
 
 def plain(kernel: Any, names: dict[str, Any], done: dict[Any, Any] | None = None) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -128,7 +129,7 @@ def test_no_schedule_changes_a_bit(config: AttentionConfig) -> None:
     case = {"T": 300, "S": 450, "window": (200, 0), "align": "bottom_right", "group": 2}
     out, lse, tensors = emulated(case, config, 0)
     torch.testing.assert_close(out, expected(case, tensors)[0], rtol=1e-12, atol=1e-12)
-    for seed in range(1, 25):
+    for seed in range(1, 17):
         again, lse_again, _ = emulated(case, config, seed)
         assert torch.equal(again, out), seed
         assert torch.equal(lse_again, lse), seed
@@ -174,8 +175,10 @@ def test_a_resident_launch_has_a_program_a_multiprocessor(monkeypatch: pytest.Mo
 
 
 def test_no_shipped_table_asks_for_it() -> None:
-    """No GPU has run it: `tune` and the bench may try it, and nobody else."""
-    assert {config.loads for table in configs.ATTENTION_FORWARD.values() for config in table} == {"pointers"}
+    """But one that a GPU has measured: `tune` and the bench may try it, and nobody else."""
+    measured = json.loads(configs.TUNED.read_text()) if configs.TUNED.exists() else {}
+    guessed = [table for name, table in configs.ATTENTION_FORWARD.items() if name not in measured]
+    assert {config.loads for table in guessed for config in table} == {"pointers"}
     for present in configs.ATTENTION_FORWARD["sm_90"]:
         tried = list(tune.gluon_candidates(present))
         assert {config.loads for config in tried} == ({SMALL.loads, RESIDENT.loads} if tried else set())
@@ -199,14 +202,15 @@ def test_its_binaries_fit_and_do_not_spill(rows: list[aot.Row]) -> None:
 
 @pytest.mark.needs_compiler
 @pytest.mark.xdist_group("ahead of time")
-def test_its_code_is_what_hopper_is_for() -> None:
+@pytest.mark.parametrize("config", configs.ATTENTION_GLUON[:3:2], ids=lambda config: str(config.head_dim))
+def test_its_code_is_what_hopper_is_for(config: AttentionConfig) -> None:
     """Products by warp groups and no more of them than there must be, loads and stores by the copy engine, registers
     moved from the loading warp to the others; each softmax between the issue of P V and the wait for it.
     """
     import triton
     from triton.backends import nvidia
 
-    D, config = 128, configs.ATTENTION_GLUON[0]
+    D = config.head_dim
     launch = launched(heads(300, 300, D, device="meta", dtype=torch.bfloat16), config, options({"causal": True}, D))
     source, settings = aot.specialise(launch, "sm_90", True)
     binary = triton.compile(source, target=aot._target("sm_90"), options=settings.__dict__).asm["cubin"]
@@ -218,7 +222,7 @@ def test_its_code_is_what_hopper_is_for() -> None:
     names = re.findall(r"\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Za-z0-9_.]+)([^;]*);", code)
     # Of 16 channels or keys at once: S before the loops, S and P V in a masked and a whole loop, P V after them; twice.
     products = 2 * (D // 16 + 2 * (D // 16 + config.block_n // 16) + config.block_n // 16)
-    assert sum(name.startswith("HGMMA.64x128x16") for name, _ in names) == products
+    assert sum(name.startswith("HGMMA.64x") for name, _ in names) == products
     for instruction in ("UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"):
         assert any(name.startswith(instruction) for name, _ in names), instruction
     assert not any(name.startswith(("LDL", "STL")) for name, _ in names)

@@ -215,7 +215,7 @@ MUTATIONS = (
         FILE,
         "        mbarrier.wait(v_full.index(before), phase)\n",
         "",
-        "test_hopper.py::test_its_code_is_what_hopper_is_for",
+        "test_hopper.py::test_its_code_is_what_hopper_is_for[128]",
         interpret=False,
     ),
 )

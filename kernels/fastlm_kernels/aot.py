@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     if not _runtime.HAS_TRITON or _runtime.INTERPRETED:
         parser.exit(1, "Triton is missing or interprets: install it and unset TRITON_INTERPRET\n")
     architectures = options.arch or (configs.ARCHITECTURES if options.all else QUICK_ARCHITECTURES)
-    work = [make for jobs_of in (jobs, step_jobs, trial_jobs) for make in jobs_of(options.all, architectures)]
+    work = [job for kind in (jobs, step_jobs, trial_jobs) for job in kind(options.all, architectures)]
     rows = collect(work, options.workers)
     for row in rows:
         values = (f"{k}={v}" for k, v in asdict(row).items() if k != "constexprs")

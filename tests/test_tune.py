@@ -35,7 +35,7 @@ def clock(times: dict[int, float]) -> Trial:
         config = configs.row_config(configs.NORM_FORWARD, "sm_90", case["columns"])
         return times.get(config.num_warps, 1.0)
 
-    return Trial(lambda *_: False, lambda *_: True, milliseconds)
+    return Trial(lambda *_: False, lambda *_: True, milliseconds, lambda *_: True)
 
 
 def test_every_table_has_a_subject() -> None:
@@ -97,6 +97,27 @@ def test_attention_is_judged_where_its_loops_go_round(subject: Subject) -> None:
             for tile in (present, *tune.candidates(present, loops=True), *tune.descriptor_candidates(present)):
                 assert checked.get("keys", checked["rows"]) >= 3 * tile.block_n
                 assert checked["rows"] >= 3 * tile.block_m or case["rows"] == 1
+
+
+def test_what_no_gpu_has_run_is_tried_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in Gluon, before it is timed: without a GPU that process fails, and nothing of it runs in this one."""
+    subject = next(subject for subject in SUBJECTS if subject.table == "ATTENTION_FORWARD")
+    case = tune.bucket_case(subject, configs.ATTENTION_GLUON[0], tune.kernel_named(subject.kernel))
+    order = (configs.ATTENTION_GLUON[0], subject.table, "sm_90", case)
+    given: list[Case] = []
+    monkeypatch.setattr(tune, "accurate", lambda subject, case: given.append(case) or False)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: exec(words[2]))
+    with pytest.raises(ValueError, match=r"not accurate: .*gluon-resident"):
+        tune.survives(*order)
+    assert given == [case]
+
+    def hangs(*_: object, timeout: float, **options: object) -> None:
+        raise subprocess.TimeoutExpired("python", timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert not tune.survives(*order)
+    trial = replace(clock({}), survives=tune.survives, milliseconds=lambda *_: 1.0)
+    assert "loads='pointers'" in tune.tune_bucket(subject, 0, "sm_90", trial)[1]
 
 
 def test_the_fastest_wins() -> None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,7 @@ _LEAST_GAIN = 0.03
 _TENSOR_BYTES = 256 << 20  # five times an H200's cache
 _CHECKED_ROWS = 64
 _CHECKED_POSITIONS = 1024  # of attention: four of the longest tiles that are tried, so that pipelines fill
+_LONGEST_SECONDS = 120  # that a check in a process of its own may take, imports and compiler included
 
 
 @dataclass(frozen=True)
@@ -171,13 +174,40 @@ def _median_milliseconds(run: Callable[[], object]) -> float:
     return taken
 
 
+def survives(config: AttentionConfig, table: str, architecture: str, case: Case) -> bool:
+    """Whether the call ends, and is accurate, with this configuration, in a process of its own.
+
+    Barriers set by hand may hang, or a fault take the GPU from the process: not from this one.
+    """
+    order = json.dumps([asdict(config), table, architecture, case])
+    code = f"from {__package__} import tune; tune.try_alone({order!r})"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], timeout=_LONGEST_SECONDS, capture_output=True)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def try_alone(order: str) -> None:
+    """What `survives` starts: raises if the call is not accurate."""
+    config, table, architecture, case = json.loads(order)
+    subject = next(subject for subject in SUBJECTS if subject.table == table)
+    with configs.trying(table, architecture, (AttentionConfig(**config),)):
+        if not accurate(subject, case):
+            raise ValueError(f"not accurate: {config} on {case}")
+
+
 @dataclass(frozen=True)
 class Trial:
-    """How a candidate is judged: spills(subject, case, architecture), accurate(subject, case), milliseconds(same)."""
+    """How a candidate is judged: spills(subject, case, architecture), accurate(subject, case), milliseconds(same).
+
+    survives  the same as `accurate`, of attention's forward in Gluon, before anything of it runs in this process
+    """
 
     spills: Callable[[Subject, Case, str], bool] = spills
     accurate: Callable[[Subject, Case], bool] = accurate
     milliseconds: Callable[[Subject, Case], float] = milliseconds
+    survives: Callable[[AttentionConfig, str, str, Case], bool] = survives
 
 
 def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -> tuple[Any, str]:
@@ -192,6 +222,9 @@ def tune_bucket(subject: Subject, index: int, architecture: str, trial: Trial) -
         tried = itertools.chain(tried, gluon_candidates(present))
     # The present one first, so that all others have something to beat.
     for config in dict.fromkeys((present, *tried)):
+        untried = config != present and getattr(config, "loads", "").startswith("gluon")
+        if untried and not trial.survives(config, subject.table, architecture, case):
+            continue
         with configs.trying(subject.table, architecture, (*table[:index], config, *table[index + 1 :])):
             if not trial.spills(subject, case, architecture) and trial.accurate(subject, case):
                 seen[config] = trial.milliseconds(subject, case)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_hf import BERT, GATED, NO_DROPOUT, SMALL, make_batch, make_model
+from hf_models import BERT, GATED, NO_DROPOUT, SMALL, make_batch, make_model
 from torch import Tensor, nn
 
 import fastlm_kernels as fk

@@ -200,7 +200,7 @@ def test_parametrised_modules_are_left_alone() -> None:
     assert type(fk.patch(norm)) is kind
 
 
-@pytest.mark.parametrize("function", [fk.patch, fk.unpatch, fk.hf.patch, fk.hf.unpatch])
+@pytest.mark.parametrize("function", [fk.patch, fk.unpatch, fk.hf.patch, fk.hf.unpatch, fk.hf.report])
 def test_anything_but_a_module_is_a_value_error(function: object) -> None:
     with pytest.raises(ValueError, match=r"module: got function; give a torch\.nn\.Module"):
         function(lambda x: x)  # type: ignore[operator]

@@ -7,12 +7,13 @@ Whatever a forward here does not cover it leaves to the class behind it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from .rotary import rotary_embedding
 
 # What a model's loss reads of its keyword arguments; the layers below have no use for them.
 _LOSS_ARGUMENTS = ("labels", "logits_to_keep", "num_items_in_batch", "shift_labels", "ignore_index", "return_dict")
+# A module's attribute: the configuration that it had before `hf.patch`.
+ORIGINAL_CONFIG = "_fastlm_config"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(gelu, approximate="tanh"),
@@ -212,19 +215,37 @@ class Model(Patched):
         }
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, but for a plain causal mask, which is none, and the loss while training."""
+        """The model's own, but for a plain causal mask, which is none, and the loss while training.
+
+        A call for attention weights, or with a mask of heads, has the attention that the model had before.
+        """
         given = dict(zip(self._fastlm_names, args, strict=False))
         if len(given) < len(args) or given.keys() & kwargs.keys():
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # which says what is wrong
         kwargs |= given
-        if self._fastlm_masks and self.config._attn_implementation == _hf_attention.KEY:
-            _skip_mask(kwargs)
+        if self.config._attn_implementation == _hf_attention.KEY:
+            if kwargs.get("output_attentions") or kwargs.get("head_mask") is not None:
+                with _attention_of_before(self):
+                    return Model.forward(self, **kwargs)
+            if self._fastlm_masks:
+                _skip_mask(kwargs)
         if self._fastlm_options is not None and self.training and isinstance(kwargs.get("labels"), Tensor):
             head, keep_logits = self._fastlm_options
             shift = None if keep_logits else shift_of(self)
             if shift is not None and _head_is_ours(self, HEADS[head], kwargs):
                 return _with_loss(self, HEADS[head], kwargs, shift)
         return super().forward(**kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _attention_of_before(model: Any) -> Iterator[None]:
+    """Meanwhile the model's configuration, and so its masks and its layers, name the attention that it had before."""
+    config = model.config
+    config._attn_implementation = vars(model)[ORIGINAL_CONFIG]._attn_implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = _hf_attention.KEY
 
 
 def _skip_mask(kwargs: dict[str, Any]) -> None:

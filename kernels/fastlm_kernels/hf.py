@@ -21,7 +21,7 @@ import torch
 
 from . import _hf_attention, _hf_modules
 from ._runtime import backend
-from .patching import _ORIGINALS, REPLACEMENTS, AnyModule
+from .patching import _ORIGINALS, REPLACEMENTS, AnyModule, check_module
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ FAMILIES = {
     "roberta": Family(head="roberta"),
 }
 _WITH_LOSS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
-_CONFIG = "_fastlm_config"  # a module's attribute: the configuration that it had before
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ def patch(
     """Let the modules of `model` run on this package's functions, in place, and return it.
 
     attention    every mask of the model's own: causal, padding on either side, packed position_ids, sliding windows.
-                 The model gets a copy of its configuration; attention weights (output_attentions) are not computed.
+                 The model gets a copy of its configuration. A call for attention weights (output_attentions) takes
+                 the attention that the model had before.
     norm         LayerNorm and RMSNorm, also with an offset weight
     mlp          gated MLPs, and the activation functions of others
     rotary       rotary embedding, in one kernel with the norms of q and k where the model has them
@@ -134,8 +134,7 @@ def unpatch(model: AnyModule) -> AnyModule:
     The configuration it had comes back too, unless the model's copy was changed meanwhile: then the copy stays.
     ValueError, with nothing changed, where a class was made from a patched one, as fully_shard does.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"module: got {type(model).__name__}; give a torch.nn.Module")
+    check_module(model)
     patched = [module for module in model.modules() if _patched_class(module) is not None]
     for module in patched:
         if type(module) is not _patched_class(module):
@@ -150,7 +149,11 @@ def unpatch(model: AnyModule) -> AnyModule:
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Which modules of `model` are patched, which are not, and why; print it for a table."""
+    """Which modules of `model` are patched, which are not, and why; print it for a table.
+
+    ValueError for anything but a module.
+    """
+    check_module(model)
     return Report(ReportLine(find.name, _original(find.module).__name__, *_state(find)) for find in _finds(model))
 
 
@@ -183,7 +186,10 @@ def _model_state(model: Any) -> tuple[bool, str]:
         done.append("the model's own loss, with logits" if options[1] else "loss without logits")
     why = _why_no_attention(model)
     left = [] if why is None else [why]
-    if kind.__name__.endswith(_WITH_LOSS) and _hf_modules.output_class(kind) is None:
+    if not kind.__name__.endswith(_WITH_LOSS):
+        if "labels" in inspect.signature(kind.forward).parameters:
+            left.append("the loss: not a language model's, its own stays")
+    elif _hf_modules.output_class(kind) is None:
         left.append("the loss: no class of results is known")
     return bool(done), "; ".join([", ".join(done) or _not_called("attention=True or loss"), *left])
 
@@ -332,6 +338,17 @@ def _why_no_attention(model: Any) -> str | None:
     # Then the masks that transformers builds are causal, and where it builds none its attention functions are not.
     if getattr(model.config, "use_bidirectional_attention", None) and getattr(model.config, "is_causal", True):
         return "attention: use_bidirectional_attention=True without config.is_causal=False depends on who attends"
+    return _why_not_in_version_4(model.config) if sys.modules["transformers"].__version__.startswith("4.") else None
+
+
+def _why_not_in_version_4(config: Any) -> str | None:
+    """What eager attention of transformers 4 computes and its sdpa leaves out: ours would differ from one of them."""
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        return "attention: sdpa of transformers 4 leaves the soft-cap out; load it with attn_implementation='eager'"
+    plain = getattr(config, "scale_attn_weights", True) and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    if implementation == "eager" and not plain:
+        return "attention: a scale of the scores that eager alone knows in transformers 4"
     return None
 
 
@@ -355,16 +372,16 @@ def _take_attention(model: torch.nn.Module) -> None:
     for module in model.modules():
         original = vars(module).get("config")
         if id(original) in copies:
-            vars(module)[_CONFIG] = original
+            vars(module)[_hf_modules.ORIGINAL_CONFIG] = original
             vars(module)["config"] = copies[id(original)]
 
 
 def _return_configs(model: torch.nn.Module) -> None:
     kept: dict[int, Any] = {}
     for module in model.modules():
-        if _CONFIG not in vars(module):
+        if _hf_modules.ORIGINAL_CONFIG not in vars(module):
             continue
-        original, ours = vars(module).pop(_CONFIG), vars(module)["config"]
+        original, ours = vars(module).pop(_hf_modules.ORIGINAL_CONFIG), vars(module)["config"]
         if id(ours) not in kept:
             if _has_our_attention(ours):
                 ours._attn_implementation = original._attn_implementation

@@ -80,9 +80,14 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # new in torch 2.13
 _ORIGINALS = {patched: original for original, patched in REPLACEMENTS.items()}
 
 
-def _swap(module: torch.nn.Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]) -> None:
+def check_module(module: object) -> None:
+    """ValueError for anything but a module."""
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"module: got {type(module).__name__}; give a torch.nn.Module")
+
+
+def _swap(module: torch.nn.Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]) -> None:
+    check_module(module)
     for child in module.modules():
         # Exact types alone: a subclass may have a forward of its own. So may an instance.
         replacement = classes.get(type(child))

@@ -6,14 +6,10 @@ import pytest
 import torch
 from hf_models import (
     CASES,
-    DECODERS,
     FAMILIES,
-    GREEDY,
     MEANINGLESS,
     assert_equal_numbers,
     cells,
-    make_batch,
-    make_model,
 )
 
 import fastlm_kernels as fk

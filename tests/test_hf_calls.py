@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from hf_models import BERT, GATED, NO_DROPOUT, SMALL, make_batch, make_model
-from torch import Tensor, nn
+from hf_models import BERT, GATED, NO_DROPOUT, SMALL, assert_close, loss_and_gradients, make_batch, make_model, tf
+from torch import nn
 
 import fastlm_kernels as fk
 
-tf: Any = transformers  # its constructors take more than they declare
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda **more: tf.GPT2Config(**SMALL, **NO_DROPOUT, **more),
     "bert": lambda **more: tf.BertConfig(**BERT, **more),
@@ -38,23 +36,12 @@ def _pair(make: Any, config: Any) -> tuple[Any, Any]:
     return model.train(), fk.hf.patch(patched.train())
 
 
-def _gradients(model: Any, **batch: Any) -> list[Tensor]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
-
-
-def _assert_close(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["plain", "left", "packed"])
 def test_one_step_of_a_model_with_everything(kind: str) -> None:
     """Norms with an offset, windows, both soft-caps; gemma2's eager attention sees a mask in every call."""
     batch = make_batch(kind)
     model, patched = make_model("gemma2"), fk.hf.patch(make_model("gemma2"))
-    _assert_close(_gradients(patched, **batch), _gradients(model, **batch))
+    assert_close(loss_and_gradients(patched, **batch), loss_and_gradients(model, **batch))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8), (1, 2, 8)])
@@ -63,9 +50,9 @@ def test_choices_count_positions_along_the_tokens(shape: tuple[int, ...]) -> Non
     ids = make_batch("plain")["input_ids"][:, :8].reshape(shape)
     chosen = torch.full(shape[:2], 7)
     found, expected = (each(ids, mc_token_ids=chosen) for each in (patched, model))
-    _assert_close((found.logits, found.mc_logits), (expected.logits, expected.mc_logits))
+    assert_close((found.logits, found.mc_logits), (expected.logits, expected.mc_logits))
     embeds = model.transformer.wte(ids[0])
-    _assert_close(patched.transformer(inputs_embeds=embeds)[0], model.transformer(inputs_embeds=embeds)[0])
+    assert_close(patched.transformer(inputs_embeds=embeds)[0], model.transformer(inputs_embeds=embeds)[0])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +67,7 @@ def test_a_decoder_with_cross_attention(family: str, kind: str) -> None:
     ids = make_batch("plain")["input_ids"]
     for mask in (None, real):
         batch = {"input_ids": ids, "labels": ids, "encoder_hidden_states": states, "encoder_attention_mask": mask}
-        _assert_close(_gradients(patched, **batch), _gradients(model, **batch))
+        assert_close(loss_and_gradients(patched, **batch), loss_and_gradients(model, **batch))
     found, expected = patched(**batch), model(**batch)
     assert found.logits is None
     assert [name for name in expected if name != "logits"] == list(found)
@@ -120,13 +107,14 @@ def test_attention_that_is_bidirectional_by_half_is_left_alone() -> None:
     """transformers' own attention functions differ there."""
     ids, real = make_batch("right")["input_ids"], make_batch("right")["attention_mask"]
     for more, left_alone in (({}, True), ({"is_causal": False}, False)):
-        config = tf.Gemma2Config(**GATED, use_bidirectional_attention=True, sliding_window=5, **more)
+        more |= {"sliding_window": 5, "attn_implementation": "eager"}
+        config = tf.Gemma2Config(**GATED, use_bidirectional_attention=True, **more)
         model, patched = (each.eval() for each in _pair(tf.Gemma2ForCausalLM, config))
         assert ("use_bidirectional_attention=True" in fk.hf.report(patched)[0].reason) is left_alone
         assert (patched.config._attn_implementation == "fastlm_kernels") is not left_alone
-        _assert_close(patched(ids).logits, model(ids).logits)
+        assert_close(patched(ids).logits, model(ids).logits)
         padded = [each(ids, attention_mask=real).logits[real.bool()] for each in (patched, model)]
-        _assert_close(*padded)
+        assert_close(*padded)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -150,15 +138,15 @@ def test_counts_of_labels_of_any_type_divide_the_loss() -> None:
     batch, model, patched = make_batch("plain"), make_model("llama"), fk.hf.patch(make_model("llama"))
     for items in (7, 7.0, torch.tensor(7), torch.tensor(7.5), torch.tensor([7])):
         found, expected = (each(**batch, num_items_in_batch=items).loss for each in (patched, model))
-        _assert_close(found, expected)
+        assert_close(found, expected)
 
 
-def test_masks_of_heads_are_ignored_as_before() -> None:
-    """transformers 5 takes them and reads none."""
+def test_a_mask_of_heads_does_what_it_did() -> None:
+    """transformers 5 reads none; 4 does where its attention is eager, and the call has that one."""
     ids, heads = make_batch("plain")["input_ids"], torch.tensor([[0.0, 1.0]] * 2)
-    _assert_close(
-        fk.hf.patch(make_model("gpt2"))(ids, head_mask=heads).logits, make_model("gpt2")(ids, head_mask=heads).logits
-    )
+    for implementation in ("eager", "sdpa"):
+        model, patched = (make_model("gpt2", attn_implementation=implementation) for _ in range(2))
+        assert_close(fk.hf.patch(patched)(ids, head_mask=heads).logits, model(ids, head_mask=heads).logits)
 
 
 def test_a_class_made_from_a_patched_one_is_reported_and_not_half_undone() -> None:

@@ -1,3 +1,38 @@
+"""hf.patch and what it does not know: left alone with a report, never broken; a wrong argument says what to do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hf_models import (
+    BERT,
+    FAMILIES,
+    GATED,
+    NO_DROPOUT,
+    SMALL,
+    VOCAB,
+    assert_close,
+    assert_same,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    tf,
+)
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import fastlm_kernels as fk
+from fastlm_kernels import _hf_attention
+
+# transformers 5 warns of names that its own code still uses.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
 class _OwnRMSNorm(LlamaRMSNorm):
     """A subclass with a forward of its own, outside transformers."""
 
@@ -33,11 +68,176 @@ def test_what_is_not_known_is_left_alone_and_reported() -> None:
         module._supports_attention_backend = False  # transformers 4's BERT
     assert "does not look it up" in str(fk.hf.report(fk.hf.patch(old)))
     assert old.config._attn_implementation == "sdpa"
-    wants = fk.hf.patch(
-        tf.LlamaForCausalLM(tf.LlamaConfig(**GATED, output_attentions=True, attn_implementation="eager"))
+
+
+class _Unknown(nn.Module):
+    """Holds all that a gated MLP does, and computes something else."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) - self.up_proj(x))
+
+
+class _EightBits(nn.Linear):
+    """As quantising libraries make them: a Linear by its class, but its weight is whole numbers beside a scale."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.scale = linear.weight.detach().abs().max() / 127
+        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight, self.bias = nn.Parameter(whole, requires_grad=False), linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype) * self.scale, self.bias)
+
+
+def _with_unknown_mlp(model: Any) -> Any:
+    model.model.layers[0].mlp = _Unknown(model.model.layers[0].mlp)
+    return model
+
+
+def _in_eight_bits(model: Any) -> Any:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, _EightBits(child))
+    return model
+
+
+def _hooked(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    return model
+
+
+def _tied(model: Any) -> Any:
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+class _OwnLlama(tf.LlamaForCausalLM):
+    """A model class outside transformers, with a loss of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.loss = 2 * out.loss
+        return out
+
+
+def _of_an_own_class(model: Any) -> Any:
+    model.__class__ = _OwnLlama
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "logits"),
+    [(_with_unknown_mlp, False), (_in_eight_bits, True), (_hooked, False), (_tied, False), (_of_an_own_class, True)],
+)
+def test_models_with_something_of_their_own_keep_their_numbers(make: Any, logits: bool) -> None:
+    """Where the head or the model's class is not transformers' own, its logits stay, and its loss."""
+    batch, model = make_batch("right"), make(make_model("llama"))
+    patched = fk.hf.patch(make(make_model("llama")))
+    assert any(line.patched for line in fk.hf.report(patched))
+    assert_close(loss_and_gradients(patched, **batch), loss_and_gradients(model, **batch))
+    assert (patched(**batch).logits is not None) is logits
+    assert_same(loss_and_gradients(fk.hf.unpatch(patched), **batch), loss_and_gradients(model, **batch))
+
+
+def test_tied_weights_stay_one_tensor() -> None:
+    file = io.BytesIO()
+    patched = fk.hf.patch(make_model("gpt2"))
+    torch.save(patched, file)
+    file.seek(0)
+    for model in (patched, copy.deepcopy(patched), torch.load(file, weights_only=False), fk.hf.unpatch(patched)):
+        assert model.lm_head.weight is model.transformer.wte.weight
+
+
+# Heads whose loss is no language model's, by class: the configuration, and the labels of two rows of 16 tokens.
+_CLASSES = {"labels": torch.tensor([0, 1])}
+_TOKENS = {"labels": torch.arange(32).view(2, 16) % 2}
+_SPANS = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+HEADS: dict[str, tuple[Any, dict[str, Tensor]]] = {
+    "BertForSequenceClassification": (tf.BertConfig(**BERT), _CLASSES),
+    "BertForTokenClassification": (tf.BertConfig(**BERT), _TOKENS),
+    "BertForQuestionAnswering": (tf.BertConfig(**BERT), _SPANS),
+    "BertForNextSentencePrediction": (tf.BertConfig(**BERT), _CLASSES),
+    "BertForPreTraining": (tf.BertConfig(**BERT), {**_TOKENS, "next_sentence_label": torch.tensor([0, 1])}),
+    "RobertaForSequenceClassification": (tf.RobertaConfig(**BERT), _CLASSES),
+    "RobertaForTokenClassification": (tf.RobertaConfig(**BERT), _TOKENS),
+    "GPT2ForSequenceClassification": (tf.GPT2Config(**SMALL | NO_DROPOUT), _CLASSES),
+    "GPT2ForTokenClassification": (tf.GPT2Config(**SMALL | NO_DROPOUT), _TOKENS),
+    "LlamaForSequenceClassification": (tf.LlamaConfig(**GATED), _CLASSES),
+    "LlamaForTokenClassification": (tf.LlamaConfig(**GATED), _TOKENS),
+    "OPTForSequenceClassification": (
+        tf.OPTConfig(**SMALL, ffn_dim=24, dropout=0.0, word_embed_proj_dim=32),
+        _CLASSES,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_of_other_kinds_keep_their_loss_and_say_so(kind: str) -> None:
+    config, labels = HEADS[kind]
+    torch.manual_seed(0)
+    model = getattr(tf, kind)(config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch = {**make_batch("right"), **labels}
+    if "labels" not in labels:
+        del batch["labels"]
+    patched = fk.hf.patch(copy.deepcopy(model.train()))
+    found, expected = patched(**batch), model(**batch)
+    assert list(found) == list(expected)
+    assert_close(loss_and_gradients(patched, **batch), loss_and_gradients(model, **batch))
+    reasons = {line.name: line.reason for line in fk.hf.report(patched)}
+    assert "its own stays" in reasons[""] or "labels" not in labels
+    norms = [line for line in fk.hf.report(patched) if "Norm" in line.module]
+    assert norms
+    assert all(line.patched for line in norms)
+
+
+@pytest.mark.filterwarnings("ignore:`output_attentions=True` is not supported:UserWarning")  # transformers 4
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_call_for_attention_weights_has_the_models_own_attention(
+    family: str, implementation: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights where that forms them (eager), its warning where it does not; the next call has ours again."""
+    if family == "gemma2":
+        implementation = "eager"  # transformers 5 knows no other for its soft-cap
+    batch = make_batch("left")
+    model, patched = (make_model(family, attn_implementation=implementation) for _ in range(2))
+    fk.hf.patch(patched)
+    key = patched.config._attn_implementation
+    with caplog.at_level(logging.ERROR, "transformers"):
+        expected, found = (each(**batch, output_attentions=True) for each in (model, patched))
+    assert_close(found.loss, expected.loss)
+    assert (found.attentions is None) == (expected.attentions is None)
+    assert_close(
+        [w for w in found.attentions or () if w is not None], [w for w in expected.attentions or () if w is not None]
     )
-    assert wants(ids).attentions[0].shape == (1, 2, 8, 8)
-    assert "output_attentions=True" in str(fk.hf.report(wants))
+    assert len(found.attentions or ()) == 2 or implementation == "sdpa"
+    assert patched.config._attn_implementation == key
+    called = []
+    monkeypatch.setattr(_hf_attention, "scaled_dot_product_attention", lambda q, k, v, **_: called.append(0) or q)
+    patched(**batch)
+    assert bool(called) is (key == "fastlm_kernels")
+
+
+def test_a_configuration_that_asks_for_attention_weights_keeps_its_attention() -> None:
+    model = fk.hf.patch(make_model("llama", output_attentions=True, attn_implementation="eager"))
+    assert model(make_batch("plain")["input_ids"]).attentions[0].shape == (2, 2, 16, 16)
+    assert "output_attentions=True" in str(fk.hf.report(model))
 
 
 def test_a_model_inside_a_module_of_your_own() -> None:
@@ -63,13 +263,15 @@ def test_a_model_inside_a_module_of_your_own() -> None:
 
 
 def test_wrong_arguments_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="keep_logits: got 'yes'; give True or False"):
-        fk.hf.patch(make_model("llama"), keep_logits="yes")  # type: ignore[arg-type]
+    model = make_model("llama")
+    for name in ("attention", "norm", "mlp", "rotary", "loss", "keep_logits"):
+        wrong: Any = {name: "yes"}
+        with pytest.raises(ValueError, match=f"{name}: got 'yes'; give True or False"):
+            fk.hf.patch(model, **wrong)
+    assert not any(line.patched for line in fk.hf.report(model))
     with pytest.raises(ValueError, match=r"module: got str; give a torch\.nn\.Module"):
         fk.hf.patch("llama")  # type: ignore[type-var]
     module = make_model("llama").model.layers[0].self_attn
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match=r"position_bias: .*patch with attention=False"):
         _hf_attention.attention(module, q, q, q, None, position_bias=q)
-
-

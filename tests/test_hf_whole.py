@@ -1,4 +1,4 @@
-"""hf.patch and the rest of the world: other models, transformers' own features, copies, and what is left alone."""
+"""hf.patch and the rest of the world: other models, transformers' own features, copies."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
-from hf_models import DECODERS, FAMILIES, GATED, VOCAB, make_batch, make_model
+from hf_models import (
+    DECODERS,
+    FAMILIES,
+    VOCAB,
+    assert_close,
+    assert_same,
+    loss_and_gradients,
+    make_batch,
+    make_model,
+    tf,
+)
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fastlm_kernels as fk
-from fastlm_kernels import _hf_attention, hf
+from fastlm_kernels import _hf_attention
 
-tf: Any = transformers  # its constructors take more than they declare
-
-# transformers 5 warns of names that its own code and peft's still use.
+# transformers 5 warns of names that its own code still uses.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -92,6 +97,10 @@ def test_masks_are_no_larger_than_the_padding(monkeypatch: pytest.MonkeyPatch) -
         return attention(module, q, k, v, mask, **options)
 
     monkeypatch.setattr(_hf_attention, "attention", spy)
+    for family in DECODERS:
+        seen.clear()
+        fk.hf.patch(make_model(family))(**make_batch("left"))
+        assert [tuple(mask.shape) for mask in seen] == [(2, 16)] * 2
     model = fk.hf.patch(make_model("mistral"))
     for kind, shape in {"plain": (1, 1, 1, 0), "left": (2, 16), "right": (2, 16)}.items():
         seen.clear()
@@ -152,11 +161,11 @@ def test_loss_options() -> None:
     assert patched(**batch).logits is not None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_copies_pickles_and_saved_models(family: str, tmp_path: Path) -> None:
     ids = make_batch("plain")["input_ids"]
     original = make_model(family).eval()
-    expected = original(ids).logits
+    expected, own = original(ids).logits, original.config._attn_implementation
     patched = fk.hf.patch(make_model(family)).eval()
     logits = patched(ids).logits
     file = io.BytesIO()
@@ -174,7 +183,7 @@ def test_copies_pickles_and_saved_models(family: str, tmp_path: Path) -> None:
     assert torch.equal(patched(ids).logits, logits)
     patched.save_pretrained(tmp_path)
     assert "fastlm" not in (tmp_path / "config.json").read_text()
-    again = type(patched).from_pretrained(tmp_path).eval()
+    again = type(patched).from_pretrained(tmp_path, attn_implementation=own).eval()
     assert type(again) is type(original)
     assert torch.equal(again(ids).logits, expected)
     assert torch.equal(fk.hf.patch(again)(ids).logits, logits)

@@ -64,9 +64,15 @@ def mask(**given: Any) -> Tensor | Documents | None:
         # transformers looks for documents where there is neither a mask nor a cache, and says so by this switch alone.
         packed = not given["allow_is_causal_skip"] and not bidirectional and _queries(**given) == kv_length
         return _find_documents(**given) if packed else None
-    keys = keys[:, kv_offset : kv_offset + kv_length].bool()
+    keys = keys[:, kv_offset : kv_offset + kv_length]
     if keys.shape[1] < kv_length:
         keys = torch.nn.functional.pad(keys, (0, kv_length - keys.shape[1]))
+    return padding(keys)
+
+
+def padding(keys: Tensor) -> Tensor | None:
+    """keys (B, S) as `attention` reads them, None where all take part and the host may ask."""
+    keys = keys.bool()
     return None if _may_read(keys) and bool(keys.all()) else keys
 
 

@@ -203,7 +203,7 @@ class Model(Patched):
         def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
             return Model.forward(self, *args, **kwargs)
 
-        return {
+        return _masks_of_version_4(original) | {
             # generate and Trainer read the signature.
             "forward": signed,
             "_fastlm_names": tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:],
@@ -235,6 +235,25 @@ class Model(Patched):
             if shift is not None and _head_is_ours(self, HEADS[head], kwargs):
                 return _with_loss(self, HEADS[head], kwargs, shift)
         return super().forward(**kwargs)  # type: ignore[misc]
+
+
+def _masks_of_version_4(original: Any) -> dict[str, Any]:
+    """A method for those (OPT of transformers 4) that make their own mask, T x T for an attention they do not know."""
+    theirs = getattr(original, "_update_causal_mask", None)
+    if theirs is None:
+        return {}
+
+    def _update_causal_mask(
+        self: Any, attention_mask: Any, tokens: Tensor, positions: Any, cache: Any, *rest: Any
+    ) -> Any:
+        # A static cache has keys that are not yet written: the mask has to say which.
+        static = cache is not None and cache.is_compileable
+        known = attention_mask is None or attention_mask.dim() == 2
+        if self.config._attn_implementation != _hf_attention.KEY or static or not known:
+            return theirs(self, attention_mask, tokens, positions, cache, *rest)
+        return None if attention_mask is None else _hf_attention.padding(attention_mask)
+
+    return {"_update_causal_mask": _update_causal_mask}
 
 
 @contextlib.contextmanager

@@ -346,7 +346,9 @@ def _why_not_in_version_4(config: Any) -> str | None:
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
         return "attention: sdpa of transformers 4 leaves the soft-cap out; load it with attn_implementation='eager'"
-    plain = getattr(config, "scale_attn_weights", True) and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    plain = getattr(config, "scale_attn_weights", True) and not getattr(
+        config, "scale_attn_by_inverse_layer_idx", False
+    )
     if implementation == "eager" and not plain:
         return "attention: a scale of the scores that eager alone knows in transformers 4"
     return None

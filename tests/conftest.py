@@ -79,6 +79,13 @@ def device(path: str) -> str:
     return "cuda" if path == "triton" and not _runtime.INTERPRETED else "cpu"
 
 
+@pytest.fixture
+def torch_functions() -> Iterator[None]:
+    """PyTorch's path, also where kernels could run: for tests of what is the same on both."""
+    with fk.backend("torch"):
+        yield
+
+
 @pytest.fixture(autouse=_runtime.INTERPRETED)
 def poisoned() -> Iterator[None]:
     """Uninitialised memory holds NaN (a value no kernel may leave in a result); in the interpreter for every test."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +12,12 @@ from torch import nn
 
 import fastlm_kernels as fk
 
+pytestmark = pytest.mark.usefixtures("torch_functions")
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda **more: tf.GPT2Config(**SMALL, **NO_DROPOUT, **more),
     "bert": lambda **more: tf.BertConfig(**BERT, **more),
     "roberta": lambda **more: tf.RobertaConfig(**BERT, **more),
 }
-
-
-@pytest.fixture(autouse=True)
-def _torch_functions() -> Iterator[None]:
-    with fk.backend("torch"):
-        yield
 
 
 def _pair(make: Any, config: Any) -> tuple[Any, Any]:

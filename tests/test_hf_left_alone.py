@@ -30,7 +30,7 @@ import fastlm_kernels as fk
 from fastlm_kernels import _hf_attention
 
 # transformers 5 warns of names that its own code still uses.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.usefixtures("torch_functions")]
 
 
 class _OwnRMSNorm(LlamaRMSNorm):

@@ -1,4 +1,4 @@
-"""Breaks of hf: its attention and mask functions, its modules, what it finds and undoes."""
+"""Breaks of what drops into others' models: hf, `patch`, the kernel loader's layers, the check of a whole model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from breaks import Mutation
 
 _STEP = "test_hf_calls.py::test_one_step_of_a_model_with_everything[{}]"
 _CALLS = "test_hf_calls.py::"
+_LEFT = "test_hf_left_alone.py::"
+_OWN = _LEFT + "test_models_with_something_of_their_own_keep_their_numbers[{}]"
+_HUB = "test_hub.py::"
+_CHECK = "test_check_model.py::"
 
 MUTATIONS = (
     # _hf_attention.py
@@ -87,5 +91,114 @@ MUTATIONS = (
         "if type(module) is not _patched_class(module):",
         "if False:",
         _CALLS + "test_a_class_made_from_a_patched_one_is_reported_and_not_half_undone",
+    ),
+    Mutation(
+        "a subclass's norm taken for its parent's",
+        "hf.py",
+        "family is None or not _is_transformers(kind) or not has_eps",
+        "family is None or not has_eps",
+        _LEFT + "test_what_is_not_known_is_left_alone_and_reported",
+    ),
+    Mutation(
+        "a forward of an instance's own passed over",
+        "hf.py",
+        'if made is not None and "forward" in vars(module):',
+        "if False:",
+        _LEFT + "test_what_is_not_known_is_left_alone_and_reported",
+    ),
+    Mutation(
+        "a classifier's loss taken for a language model's",
+        "hf.py",
+        'switches["loss"] and kind.__name__.endswith(_WITH_LOSS) and',
+        'switches["loss"] and',
+        _LEFT + "test_heads_of_other_kinds_keep_their_loss_and_say_so[BertForTokenClassification]",
+    ),
+    Mutation(
+        "a head of whole numbers read as a matrix",
+        "_hf_modules.py",
+        "type(matrix) is not torch.nn.Linear or ",
+        "",
+        _OWN.format("_in_eight_bits-True"),
+    ),
+    Mutation(
+        "hooks around the head passed over",
+        "_hf_modules.py",
+        "all(map(_is_bare, skipped))",
+        "True",
+        _CALLS + "test_a_hook_around_the_head_is_called[bert-cls]",
+    ),
+    Mutation(
+        "attention weights asked of a kernel",
+        "_hf_modules.py",
+        'kwargs.get("output_attentions") or',
+        "False or",
+        _LEFT + "test_a_call_for_attention_weights_has_the_models_own_attention[llama-eager]",
+    ),
+    Mutation(
+        "the attention of before left in place",
+        "_hf_modules.py",
+        "config._attn_implementation = _hf_attention.KEY",
+        "pass",
+        _LEFT + "test_a_call_for_attention_weights_has_the_models_own_attention[llama-eager]",
+    ),
+    # patching.py
+    Mutation(
+        "patch changes what has a forward of its own",
+        "patching.py",
+        ' and "forward" not in vars(child)',
+        "",
+        "test_patch.py::test_a_single_module_and_an_instance_with_its_own_forward",
+    ),
+    Mutation(
+        "patch stops below the first level",
+        "patching.py",
+        "for child in module.modules():",
+        "for child in (module, *module.children()):",
+        "test_patch.py::test_patched_model_computes_the_same_with_the_same_parameters",
+    ),
+    # layers.py
+    Mutation(
+        "Gemma's layer without its offset",
+        "layers.py",
+        "weight_offset=1.0",
+        "weight_offset=0.0",
+        _HUB + "test_a_layer_equals_the_module_it_stands_in_for[RMSNormZeroCentered]",
+    ),
+    Mutation(
+        "a layer of another dtype than its module",
+        "layers.py",
+        "if x.dtype == weight.dtype:",
+        "if True:",
+        _HUB + "test_a_layer_equals_the_module_it_stands_in_for[RMSNorm bf16 input]",
+    ),
+    # hub.py
+    Mutation(
+        "every content one module",
+        "hub.py",
+        'f"{name}:{digest};" for',
+        'f"{name};" for',
+        _HUB + "test_another_content_is_another_module",
+    ),
+    Mutation(
+        "a repository written over another",
+        "hub.py",
+        "if directory.exists() or directory.is_symlink():",
+        "if False:",
+        _HUB + "test_bad_arguments_are_one_line_and_write_nothing[a directory that exists]",
+    ),
+    # check_model.py
+    Mutation(
+        "a missing gradient passes",
+        "check_model.py",
+        'Compared(name, float("nan"), 0.0)',
+        "Compared(name, 0.0, 0.0)",
+        _CHECK + "test_a_wrong_model_fails[_drop_gradient]",
+    ),
+    Mutation(
+        "parameters counted as kept for backward",
+        "check_model.py",
+        "if storage.data_ptr() not in own:",
+        "if True:",
+        _CHECK + "test_bytes_kept_for_backward_are_counted_once",
     ),
 )

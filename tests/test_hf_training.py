@@ -74,6 +74,17 @@ def test_lora(family: str, patch_first: bool) -> None:
     assert_close(found[1], found[0])
 
 
+def test_an_adapted_head_keeps_the_models_own_loss() -> None:
+    options = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    batch, found = make_batch("right"), []
+    for patch in (fk.hf.unpatch, fk.hf.patch):
+        torch.manual_seed(3)
+        tuned: Any = patch(peft.get_peft_model(make_model("llama"), options))
+        assert tuned(**batch).logits is not None
+        found.append(loss_and_gradients(tuned, **batch))
+    assert_close(*found)
+
+
 @pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)

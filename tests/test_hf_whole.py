@@ -73,13 +73,15 @@ def _everything() -> dict[tuple[str, ...], Any]:
 
 
 def test_nothing_of_transformers_or_torch_changes_but_two_keys() -> None:
-    batch, model = make_batch("left"), make_model("qwen3")
-    loss_and_gradients(fk.hf.unpatch(fk.hf.patch(make_model("qwen3"))), **batch)  # whatever is imported lazily
+    batch, models = make_batch("right"), [make_model(family) for family in FAMILIES]
+    for model in models:  # whatever is imported lazily
+        loss_and_gradients(fk.hf.unpatch(fk.hf.patch(model)), **batch)
     tables = (tf.AttentionInterface._global_mapping, tf.AttentionMaskInterface._global_mapping)
     for table in tables:
         table.pop(_hf_attention.KEY)
     before, keys = _everything(), [set(table) for table in tables]
-    loss_and_gradients(fk.hf.patch(model), **batch)
+    for model in models:
+        loss_and_gradients(fk.hf.patch(model), **batch)
     after = _everything()
     assert len(before) > 10_000
     assert before.keys() == after.keys()

@@ -111,6 +111,24 @@ def test_attention_that_is_bidirectional_by_half_is_left_alone() -> None:
         assert_close(*padded)
 
 
+SCALED = {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"attn_implementation": None}),
+        ("gpt2", {**SCALED, "attn_implementation": "eager"}),
+        ("gpt2", {**SCALED, "attn_implementation": "sdpa"}),
+        ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+    ],
+)
+def test_what_one_attention_of_transformers_computes_and_another_leaves_out(family: str, changes: Any) -> None:
+    """In transformers 4: a soft-cap, and scales by layer. The patched model follows the one that it has."""
+    batch, model, patched = make_batch("right"), make_model(family, **changes), make_model(family, **changes)
+    assert_close(loss_and_gradients(fk.hf.patch(patched), **batch), loss_and_gradients(model, **batch))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_wrong_call_raises_as_before(family: str) -> None:
     ids, model = make_batch("plain")["input_ids"], make_model(family)

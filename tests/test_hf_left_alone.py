@@ -63,6 +63,8 @@ def test_what_is_not_known_is_left_alone_and_reported() -> None:
         "model.layers.1.mlp": "has a forward of its own",
     }
     assert lines["model.layers.0.self_attn"].reason == "rotary embedding, attention"
+    relu = [line for line in fk.hf.report(fk.hf.patch(make_model("opt"))) if line.module == "ReLU"]
+    assert [(line.patched, line.reason) for line in relu] == [(False, "an activation without a kernel")] * 2
     old = make_model("gpt2")
     for module in (old, old.transformer):
         module._supports_attention_backend = False  # transformers 4's BERT

@@ -302,7 +302,7 @@ def _find_attention(kind: Any, module: Any, family: Family | None) -> _Found:
 
 
 def _find_activation(kind: Any, module: Any, family: Family | None) -> _Found:
-    if family is None or kind.__module__ != "transformers.activations":
+    if family is None or (kind is not torch.nn.ReLU and kind.__module__ != "transformers.activations"):
         return None
     function = _function_of(module)
     if function is None:

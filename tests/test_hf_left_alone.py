@@ -154,6 +154,37 @@ def test_models_with_something_of_their_own_keep_their_numbers(make: Any, logits
     assert_same(loss_and_gradients(fk.hf.unpatch(patched), **batch), loss_and_gradients(model, **batch))
 
 
+def _encoder_and_decoder() -> Any:
+    torch.manual_seed(0)
+    decoder = tf.BertLMHeadModel(tf.BertConfig(**BERT, is_decoder=True, add_cross_attention=True))
+    return tf.EncoderDecoderModel(encoder=tf.BertModel(tf.BertConfig(**BERT)), decoder=decoder)
+
+
+def _with_another_configuration() -> Any:
+    model = make_model("bert")
+    model.config = copy.deepcopy(model.config)
+    model.bert.config = copy.deepcopy(model.config)
+    return model
+
+
+@pytest.mark.parametrize("make", [_encoder_and_decoder, _with_another_configuration])
+def test_layers_that_hold_another_configuration_than_their_model(make: Any) -> None:
+    """Masks are made by the model's, attention is looked up by the layer's: both name ours, or neither."""
+    batch, model, patched = make_batch("right"), make().eval(), make().eval()
+    patched.load_state_dict(model.state_dict())
+    call = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if patched.config.is_encoder_decoder:
+        call |= {"decoder_input_ids": batch["input_ids"], "decoder_attention_mask": batch["attention_mask"]}
+    kinds = [vars(module).get("config") for module in patched.modules()]
+    expected = model(**call).logits
+    assert_close(fk.hf.patch(patched)(**call).logits, expected)
+    patched(**call, output_attentions=True)
+    names = {line.module: line.patched for line in fk.hf.report(patched) if line.module == "BertSelfAttention"}
+    assert all(names.values())
+    assert_same([fk.hf.unpatch(patched)(**call).logits], [expected])
+    assert all(a is b for a, b in zip(kinds, [vars(m).get("config") for m in patched.modules()], strict=True))
+
+
 def test_tied_weights_stay_one_tensor() -> None:
     file = io.BytesIO()
     patched = fk.hf.patch(make_model("gpt2"))

@@ -259,12 +259,14 @@ def _masks_of_version_4(original: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _attention_of_before(model: Any) -> Iterator[None]:
     """Meanwhile the model's configuration, and so its masks and its layers, name the attention that it had before."""
-    config = model.config
-    config._attn_implementation = vars(model)[ORIGINAL_CONFIG]._attn_implementation
+    held = [vars(module) for module in model.modules() if ORIGINAL_CONFIG in vars(module)]
+    for attributes in held:
+        attributes["config"]._attn_implementation = attributes[ORIGINAL_CONFIG]._attn_implementation
     try:
         yield
     finally:
-        config._attn_implementation = _hf_attention.KEY
+        for attributes in held:
+            attributes["config"]._attn_implementation = _hf_attention.KEY
 
 
 def _skip_mask(kwargs: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ def _model_state(model: Any) -> tuple[bool, str]:
     kind, config = _original(model), model.config
     if _family(model) is None:
         known = ", ".join(FAMILIES)
-        return False, f"architecture {config.model_type!r} is not known (known: {known}); nothing was touched"
+        return False, f"architecture {config.model_type!r} is not known (known: {known}); this class is left alone"
     done = ["attention"] if _has_our_attention(config) else []
     options = None if _patched_class(model) is None else model._fastlm_options
     if options is not None:
@@ -362,12 +362,15 @@ def _take_attention(model: torch.nn.Module) -> None:
     """Point every known model's modules to a copy of their configuration that names our attention."""
     pretrained = _pretrained()
     copies: dict[int, Any] = {}
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        known = isinstance(module, pretrained) and _family(module) is not None
-        if known and id(config) not in copies and _why_no_attention(module) is None:
-            copies[id(config)] = copy.deepcopy(config)
-            copies[id(config)]._attn_implementation = _hf_attention.KEY
+    for known in model.modules():
+        if not isinstance(known, pretrained) or _family(known) is None or _why_no_attention(known) is not None:
+            continue
+        for module in known.modules():
+            config: Any = vars(module).get("config")
+            # Layers may hold another object than their model, whose configuration was replaced since it was made.
+            if type(config) is type(known.config) and id(config) not in copies:
+                copies[id(config)] = copy.deepcopy(config)
+                copies[id(config)]._attn_implementation = _hf_attention.KEY
     if not copies:
         return
     _hf_attention.register()

@@ -137,7 +137,7 @@ MUTATIONS = (
     Mutation(
         "the attention of before left in place",
         "_hf_modules.py",
-        "config._attn_implementation = _hf_attention.KEY",
+        'attributes["config"]._attn_implementation = _hf_attention.KEY',
         "pass",
         _LEFT + "test_a_call_for_attention_weights_has_the_models_own_attention[llama-eager]",
     ),

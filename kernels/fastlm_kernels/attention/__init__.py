@@ -26,8 +26,8 @@ program in one order. Two runs give the same bits. With deterministic=False the 
 adds it up by atomics, in fp32: 10 L S D, 8 bytes more a channel of dq for every tile of keys that it meets in L2.
 
 In order of reading: `_tiles` (what kernels share), `_forward` and `_decode`, `_backward` with `_backward_keys` and
-`_backward_queries` (kernels and their launchers), `_operators` (registration), `_reference` (the definition in
-PyTorch's operators), and here the public functions; `_launch` is what launchers share.
+`_backward_queries` (kernels and their launchers), `_operators` (registration), `_reference` and `_dropout` (the
+definition in PyTorch's operators), and here the public functions; `_launch` is what launchers share.
 
 Tiles that the causal bound, the window or a document's end leaves empty are never loaded; tiles seen whole take no
 mask arithmetic by position; the program with the most tiles starts first; heads that share keys, and as many others as
@@ -54,6 +54,7 @@ from torch import Tensor
 from .. import _runtime
 from .._arguments import check_softcap
 from .._runtime import with_kernel
+from ._dropout import check_dropout_seed
 from ._launch import Options
 from ._operators import attention_backward, attention_forward
 from ._reference import (
@@ -175,13 +176,15 @@ def _attention(
     dropout: float,
     return_lse: bool,
     deterministic: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of 4-d tensors, by the operator; lse is empty if it is not asked for."""
     q, k, v = (x.to(_autocast(x)) for x in tensors)
     left, right = (min(side, _FARTHEST) for side in window)
-    seed = None
-    if dropout > 0.0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+    if dropout <= 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (q.shape[0],), dtype=torch.int64, device=q.device)
     options = Options(
         *max_lengths,
         left,
@@ -193,7 +196,7 @@ def _attention(
         deterministic,
     )
     save_lse = return_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-    out, lse = attention_forward(q, k, v, *extras, seed, *options, save_lse)
+    out, lse = attention_forward(q, k, v, *extras, None if seed is None else seed.reshape(-1), *options, save_lse)
     return out, lse * math.log(2.0) if return_lse else lse
 
 
@@ -214,6 +217,7 @@ def scaled_dot_product_attention(
     causal_align: str = "top_left",
     return_lse: bool = False,
     deterministic: bool = True,
+    dropout_seed: Tensor | None = None,
 ) -> Any:
     """`torch.nn.functional.scaled_dot_product_attention`, with windows, padding masks, soft-cap and log-sum-exp.
 
@@ -233,19 +237,23 @@ def scaled_dot_product_attention(
     deterministic: False permits a backward in one pass, of 5 matrix products instead of 7, that adds up the gradient
         of query by atomics: in fp32, but in any order, so that two runs may differ in the last bits. Heads of more
         than 128 channels take two passes all the same.
+    dropout_seed: (B,) int64, what each row of the batch drops with dropout_p: a function of its own seed, head, query
+        and key, the same on every path, however rows are put into batches; a single one serves all rows, which then
+        drop alike. None: drawn from the default generator.
 
     The kernel takes fp32, fp16 and bf16, head dimensions up to 256 and bool masks; float masks and all else are
-    PyTorch's operator. Dropout equals PyTorch's in distribution, its seed drawn from the default generator. Our options
-    raise ValueError, the others PyTorch's errors. Dao 2023, arXiv:2307.08691.
+    PyTorch's operator, or with dropout_seed its single operators, which hold L x S scores a head. Dropout equals
+    PyTorch's in distribution. Our options raise ValueError, the others PyTorch's errors. Dao 2023, arXiv:2307.08691.
     """
     check_softcap(softcap)
     window = window_of(window_size)
     check_align(causal_align)
-    plain = is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse)
+    plain = is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse, dropout_seed)
     obstacle = _obstacle(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plain)
     if isinstance(query, Tensor):
         check_key_mask(key_mask, query, key)
-    if not _runtime.choose(query, key, value, attn_mask, key_mask, obstacle=obstacle):
+        check_dropout_seed(dropout_seed, query)
+    if not _runtime.choose(query, key, value, attn_mask, key_mask, dropout_seed, obstacle=obstacle):
         return scaled_dot_product_attention_reference(
             query,
             key,
@@ -261,6 +269,7 @@ def scaled_dot_product_attention(
             causal_align=causal_align,
             return_lse=return_lse,
             deterministic=deterministic,
+            dropout_seed=dropout_seed,
         )
     inner = query.dim() == 3
     tensors = tuple(x[None] for x in (query, key, value)) if inner else (query, key, value)
@@ -277,6 +286,7 @@ def scaled_dot_product_attention(
         dropout_p,
         return_lse,
         deterministic,
+        dropout_seed,
     )
     out, lse = (out[0], lse[0]) if inner and return_lse else (out[0], lse) if inner else (out, lse)
     return (out, lse) if return_lse else out

@@ -71,6 +71,7 @@ def attention_dkdv_kernel(
     stride_mt,
     stride_wb,
     stride_ws,
+    stride_seed,
     left,
     right,
     scale,
@@ -126,7 +127,7 @@ def attention_dkdv_kernel(
     key_mask = KEY_MASK + at_batch * stride_wb
     seed = 0
     if HAS_DROPOUT:
-        seed = tl.load(SEED)
+        seed = tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)
 
     # One loop over the tiles of queries of one head after another: the next head's are on their way while the last
     # one's are summed, and one body holds fewer registers than one for whole tiles and one for edges.
@@ -174,7 +175,7 @@ def attention_dkdv_kernel(
         do = load_tile(do_tile, rows_ok[:, None], (e < E)[None, :], True, E != BLOCK_E)
         kept = p
         if HAS_DROPOUT:
-            kept = kept_by(seed, batch * (heads * group) + head, rows[None, :], cols[:, None], dropout)
+            kept = kept_by(seed, head, rows[None, :], cols[:, None], dropout)
         if HAS_DV:
             # dv = (p kept)^T do
             weights = p

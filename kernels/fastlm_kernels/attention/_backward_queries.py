@@ -147,6 +147,7 @@ def attention_dq_kernel(
     stride_mt,
     stride_wb,
     stride_ws,
+    stride_seed,
     left,
     right,
     scale,
@@ -199,7 +200,7 @@ def attention_dq_kernel(
     lse = finite(tl.load(LSE + row + rows, mask=rows_ok, other=float("-inf")))
     seed = 0
     if HAS_DROPOUT:
-        seed = tl.load(SEED)
+        seed = tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)
 
     first, full, edge, stop = tile_range(start, T, S, shift, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
@@ -225,7 +226,7 @@ def attention_dq_kernel(
             scale,
             softcap,
             seed,
-            batch * heads + head,
+            head,
             dropout,
             BLOCK_N,
             D,

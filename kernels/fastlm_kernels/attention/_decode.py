@@ -66,7 +66,7 @@ def few_queries(q: Tensor, k: Tensor, extras: Extras, options: Options) -> bool:
     """Whether all queries of a group of heads fit one small tile against keys long enough to be split."""
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
     few = rows <= configs.ATTENTION_DECODE_ROWS and k.shape[2] >= configs.ATTENTION_DECODE_KEYS
-    return few and extras.cu_q is None and options.dropout == 0.0
+    return few and extras.cu_q is None
 
 
 def launch_decode(tensors: tuple[Tensor, ...], extras: Extras, options: Options, save_lse: bool) -> None:

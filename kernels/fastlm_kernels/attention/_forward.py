@@ -147,6 +147,7 @@ def attention_forward_kernel(
     stride_mt,
     stride_wb,
     stride_ws,
+    stride_seed,
     left,
     right,
     scale,
@@ -237,8 +238,10 @@ def attention_forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
     seed = 0
     if HAS_DROPOUT:
-        seed = tl.load(SEED)
-    dropout_head = batch * heads + head
+        seed = tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)
+    dropout_head = head
+    if SPLIT:
+        dropout_head = head + group_rows[:, None]
     # Edge tiles before, whole tiles, edge tiles after: one body, its masks only where they are needed.
     for phase in tl.static_range(2 if SPECIALIZED else (0 if HAS_LEFT else 1), 3):
         acc, total, top = _attend(

@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """The tensors beside q, k and v, in the order of the schemas."""
+    """The tensors beside q, k and v, in the order of the schemas; `seed` (B,) or (1,), dropout's for each batch row."""
 
     mask: Tensor | None
     key_mask: Tensor | None
@@ -148,14 +148,17 @@ def stepping(extras: Extras) -> Extras:
 
 def pointers_of(extras: Extras, absent: Tensor) -> list[Tensor]:
     """The extras as kernels take them: masks as bytes, any pointer for what is not there."""
-    return [absent if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in extras]
+    *others, seed = extras
+    pointers = [absent if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in others]
+    return [*pointers, absent if seed is None else seed]
 
 
 def scalars_of(extras: Extras, options: Options) -> list[Any]:
-    """The last arguments of the three large kernels: the masks' strides, the window, the scales."""
+    """The last arguments of the three large kernels: the masks' and the seeds' strides, the window, the scales."""
     mask = [0] * 3 if extras.mask is None else extras.mask.stride()[:3]
     key_mask = [0] * 2 if extras.key_mask is None else extras.key_mask.stride()
-    return [*mask, *key_mask, options.left, options.right, options.scale, options.softcap, options.dropout]
+    seed = 0 if extras.seed is None or extras.seed.numel() == 1 else extras.seed.stride(0)
+    return [*mask, *key_mask, seed, options.left, options.right, options.scale, options.softcap, options.dropout]
 
 
 def documents_of(q: Tensor, k: Tensor, extras: Extras, options: Options) -> tuple[int, int, int]:

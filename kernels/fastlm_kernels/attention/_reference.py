@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import check_softcap, soft_cap
+from ._dropout import check_dropout_seed, kept_weights
 
 UNLIMITED = (-1, -1)
 _ALIGNMENTS = ("top_left", "bottom_right")
@@ -47,11 +48,17 @@ def check_align(causal_align: str) -> None:
 
 
 def is_plain(
-    window: tuple[int, int], is_causal: bool, causal_align: str, softcap: Any, key_mask: Any, return_lse: bool
+    window: tuple[int, int],
+    is_causal: bool,
+    causal_align: str,
+    softcap: Any,
+    key_mask: Any,
+    return_lse: bool,
+    dropout_seed: Any,
 ) -> bool:
     """Whether the call uses none of our options, so that it is PyTorch's."""
     positions = window == UNLIMITED and (not is_causal or causal_align == "top_left")
-    return positions and softcap is None and key_mask is None and not return_lse
+    return positions and softcap is None and key_mask is None and not return_lse and dropout_seed is None
 
 
 def _check_attn_mask(attn_mask: Tensor | None, query: Tensor) -> None:
@@ -116,6 +123,7 @@ def _explicit(
     scale: float | None,
     enable_gqa: bool,
     softcap: float | None,
+    dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The equations of the module's text, in fp32 (float64 for float64), holding every score: (out, lse)."""
     if not query.dtype == key.dtype == value.dtype:
@@ -136,7 +144,13 @@ def _explicit(
     scores = scores.masked_fill(empty[..., None], 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty, -math.inf)
     weights = scores.softmax(-1).masked_fill(empty[..., None], 0.0)
-    return F.dropout(weights, dropout_p) @ v, lse
+    return _dropped(weights, dropout_p, dropout_seed) @ v, lse
+
+
+def _dropped(weights: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
+    if dropout_seed is None or not 0.0 < dropout_p < 1.0:
+        return F.dropout(weights, dropout_p)
+    return torch.where(kept_weights(dropout_seed, weights, dropout_p), weights / (1.0 - dropout_p), 0.0)
 
 
 def _without_autocast(
@@ -177,23 +191,25 @@ def scaled_dot_product_attention_reference(
     causal_align: str = "top_left",
     return_lse: bool = False,
     deterministic: bool = True,
+    dropout_seed: Tensor | None = None,
 ) -> Any:
     """`scaled_dot_product_attention` in PyTorch's operators: the definition, and the path without a kernel."""
     check_softcap(softcap)
     window = window_of(window_size)
     check_align(causal_align)
-    explicit = softcap is not None or return_lse
-    if is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse):
+    explicit = softcap is not None or return_lse or (dropout_seed is not None and dropout_p > 0.0)
+    if is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse, dropout_seed):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     check_key_mask(key_mask, query, key)
+    check_dropout_seed(dropout_seed, query)
     visible = _visible(query, key, is_causal, window, causal_align == "bottom_right", key_mask)
     _check_attn_mask(attn_mask, query)
     mask = _merge_masks(attn_mask, visible)
     if not explicit:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
-    out, lse = _without_autocast(query, key, value, mask, dropout_p, scale, enable_gqa, softcap)
+    out, lse = _without_autocast(query, key, value, mask, dropout_p, scale, enable_gqa, softcap, dropout_seed)
     out = _laid_out_as(out, query)
     return (out, lse) if return_lse else out
 

@@ -20,7 +20,7 @@ VARYING = (
     *("stride_vs", "stride_op", "stride_ob", "stride_oh", "stride_ot", "stride_dob", "stride_doh", "stride_dot"),
     *("stride_dqb", "stride_dqh", "stride_dqt", "stride_dkb", "stride_dkh", "stride_dks", "stride_dvb", "stride_dvh"),
     *("stride_dvs", "stride_dlb", "stride_dlh", "stride_dlt", "stride_mb", "stride_mh", "stride_mt"),
-    *("stride_wb", "stride_ws"),
+    *("stride_wb", "stride_ws", "stride_seed"),
 )
 
 
@@ -182,11 +182,13 @@ def softmax_step(s, total, top, factor, MASKED: tl.constexpr):
 
 @kernel()
 def kept_by(seed, head, rows, cols, dropout):
-    """Which weights dropout keeps: a Philox word for each (head, query, key), the same in every kernel and tile."""
-    rows, cols = tl.broadcast(rows, cols)
-    zeros = tl.zeros_like(rows)
-    word, _, _, _ = tl.philox(seed, rows, cols, zeros + head, zeros, 7)
-    return tl.uint_to_uniform_float(word) >= dropout
+    """Which weights dropout keeps: a Philox word for each (head, query, key), the same in every kernel and tile.
+
+    The seed is the batch row's own, so that no place in the batch changes what a sample drops. `kept_weights` is this in
+    PyTorch's operators. Not broadcast before: only from the second round on do the words fill the tile.
+    """
+    word, _, _, _ = tl.philox(seed, rows, cols, head, 0, 7)
+    return word >= (tl.cast(dropout, tl.float32) * 4294967296.0).to(tl.uint32)
 
 
 @kernel()

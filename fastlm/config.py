@@ -60,7 +60,7 @@ class ModelConfig:
     n_kv_head: int | None = None  # None = n_head; fewer = grouped-query attention (modern)
     n_embd: int = 256
     max_seq_len: int | None = None  # positions the model can hold; None = data.seq_len
-    dropout: float = 0.0  # on the embedding and on each residual branch
+    dropout: float = 0.0  # on the embedding, the attention weights and each residual branch
     tie_embeddings: bool | None = None  # None = the family's own: gpt2 ties, modern does not
     bias: bool = True  # gpt2: biases in linears and norms; modern has none
     logit_softcap: float | None = None  # None = the family's own: modern 15, gpt2 off; 0 = off

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fastlm_kernels as fk
 from fastlm.config import ModelConfig, Recompute, recompute_part
 from fastlm_kernels.attention import scaled_dot_product_attention_reference as sdpa
+from fastlm_kernels.attention._dropout import hash32
 
 NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
 ROPE_BASE = 10_000.0
@@ -86,8 +87,11 @@ class KVCache:
 
 
 def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, **options: Any) -> Tensor:
-    """flash-attn's kernel for 16-bit tensors of a GPU; PyTorch's elsewhere, where such a run may be opened, too."""
-    if not q_BHTC.is_cuda or q_BHTC.dtype == torch.float32:
+    """flash-attn's kernel for 16-bit tensors of a GPU; PyTorch's elsewhere, where such a run may be opened, too.
+
+    And where there is dropout, whose seeds flash-attn does not take.
+    """
+    if not q_BHTC.is_cuda or q_BHTC.dtype == torch.float32 or options.get("dropout_p"):
         return sdpa(q_BHTC, k_BKSC, v_BKSC, **options)
     from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
@@ -102,6 +106,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head = layer, cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.dropout = cfg.dropout
         self.head_dim = cfg.n_embd // cfg.n_head
         self.rotary = cfg.family == "modern"
         kinds = {"triton": fk.scaled_dot_product_attention, "flash": flash_attention}
@@ -111,7 +116,14 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.n_embd, sum(self.sizes) * self.head_dim, bias=bias)
         self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=bias)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        key_B: Tensor | None = None,
+    ) -> Tensor:
+        """`key_B`: the samples' keys for dropout of the attention weights."""
         B, T, D = x_BTD.shape
         qkv_BTHC = self.qkv(x_BTD).view(B, T, sum(self.sizes), self.head_dim)
         # Split before transposed: the three gradients are then joined by one copy, not three.
@@ -130,6 +142,7 @@ class Attention(nn.Module):
             is_causal=True,
             enable_gqa=self.n_kv_head != self.n_head,
             causal_align=align,
+            **({} if key_B is None else {"dropout_p": self.dropout, "dropout_seed": key_B}),
         )
         return self.proj(y_BHTC.transpose(1, 2).reshape(B, T, D))
 
@@ -177,14 +190,14 @@ class Block(nn.Module):
         cache: KVCache | None,
         keys_B: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        """`keys_B`: the samples' dropout keys at this layer's two sites, (B,) each."""
-        branch_BTD = self.attn(y_BTD, rotation, cache)
+        """`keys_B`: the samples' dropout keys at this layer's three sites, (B,) each."""
+        branch_BTD = self.attn(y_BTD, rotation, cache, None if keys_B is None else keys_B[0])
         if keys_B is not None:
-            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[0])
+            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[1])
         y_BTD, h_BTD = self.norm_mlp.add(branch_BTD, h_BTD)
         branch_BTD = rematerialized(self.mlp, y_BTD) if self.recompute_mlp else self.mlp(y_BTD)
         if keys_B is not None:
-            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[1])
+            branch_BTD = keyed_dropout(branch_BTD, self.dropout, keys_B[2])
         return branch_BTD, h_BTD
 
 
@@ -272,7 +285,7 @@ class GPT(nn.Module):
         h_BTD, rotation = self._embed(tokens_BT, start)
         site_keys_B = None
         if seeds_B is not None and self.cfg.dropout > 0:
-            site_keys_B = site_keys(seeds_B, 1 + 2 * len(self.blocks))
+            site_keys_B = site_keys(seeds_B, 1 + 3 * len(self.blocks))
             h_BTD = keyed_dropout(h_BTD, self.cfg.dropout, site_keys_B[0])
         run = Block.__call__
         if torch.is_grad_enabled():
@@ -286,7 +299,7 @@ class GPT(nn.Module):
                 y_BTD = block.norm_attn(h_BTD)
             else:
                 y_BTD, h_BTD = block.norm_attn.add(branch_BTD, h_BTD)
-            keys_B = None if site_keys_B is None else site_keys_B[2 * layer + 1 : 2 * layer + 3]
+            keys_B = None if site_keys_B is None else site_keys_B[3 * layer + 1 : 3 * layer + 4]
             branch_BTD, h_BTD = run(block, y_BTD, h_BTD, rotation, cache, keys_B)
         if cache is not None:
             cache.length += T
@@ -392,15 +405,3 @@ def keyed_dropout(x_BTD: Tensor, p: float, key_B: Tensor) -> Tensor:
     bits = hash32(hash32(position) ^ key_B.view(-1, *[1] * (x_BTD.dim() - 1)))
     keep = bits >= round(p * 2**32)
     return torch.where(keep, x_BTD / (1 - p), 0)
-
-
-def hash32(x: Tensor) -> Tensor:
-    """Mix the low 32 bits of each int64: every input bit reaches every output bit. -> int64 in [0, 2^32).
-
-    Multiply and xor-shift; in int64, where the low bits of a product survive.
-    """
-    mask = 0xFFFFFFFF
-    x = x & mask
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & mask
-    return x ^ (x >> 15)

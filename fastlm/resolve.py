@@ -106,16 +106,26 @@ def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sd
     """`cfg.model.kernels` is resolved."""
     asked, reason = cfg.model.attention, "as asked"
     if asked == "auto":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        fastest = FASTEST_ATTENTION.get(name)
-        usable = fastest is not None and _attention_obstacle(fastest.attention, cfg, device) is None
-        if fastest is None or not usable:
-            return "sdpa", f"attention: PyTorch's scaled_dot_product_attention (none measured on this {name} yet)"
-        asked, reason = fastest.attention, f"the fastest measured on {name}, {fastest.record}"
-    if obstacle := _attention_obstacle(asked, cfg, device):
+        asked, reason = _open_attention(cfg, device)
+    elif obstacle := _attention_obstacle(asked, cfg, device):
         raise InputError("--model.attention", asked, f"{obstacle}; use auto or sdpa")
     what = {"triton": "fastlm's Triton kernel", "flash": "flash-attn", "sdpa": "PyTorch's scaled_dot_product_attention"}
+    if cfg.model.dropout > 0:
+        what["sdpa"] = "PyTorch's operators one by one, every weight held (its fused ones seed no dropout by sample)"
     return asked, f"attention: {what[asked]}, {reason}"
+
+
+def _open_attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa", "flash"], str]:
+    """What `auto` means: the fastest measured if this run can use it; with dropout our kernel before single operators."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    fastest = FASTEST_ATTENTION.get(name)
+    if cfg.model.dropout > 0 and _attention_obstacle("triton", cfg, device) is None:
+        return "triton", "which seeds dropout by sample and holds no weights"
+    if fastest is None:
+        return "sdpa", f"none measured on this {name} yet"
+    if obstacle := _attention_obstacle(fastest.attention, cfg, device):
+        return "sdpa", f"the fastest measured on {name} is {fastest.attention}, but {obstacle}"
+    return fastest.attention, f"the fastest measured on {name}, {fastest.record}"
 
 
 def _attention_obstacle(attention: str, cfg: Config, device: torch.device) -> str | None:
@@ -124,6 +134,8 @@ def _attention_obstacle(attention: str, cfg: Config, device: torch.device) -> st
         return f"no Triton kernels in this run on {device.type}"
     if attention != "flash":
         return None
+    if cfg.model.dropout > 0:
+        return "flash-attn's dropout takes no seed of each sample"
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install 'fastlm[flash]')"
     if device.type != "cuda" or cfg.train.precision != "bf16":

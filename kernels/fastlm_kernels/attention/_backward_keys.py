@@ -173,19 +173,19 @@ def attention_dkdv_kernel(
         )
         do_tile = do_at + wide_head * stride_doh * UNIT + begin * stride_dot
         do = load_tile(do_tile, rows_ok[:, None], (e < E)[None, :], True, E != BLOCK_E)
-        kept = p
         if HAS_DROPOUT:
-            kept = kept_by(seed, head, rows[None, :], cols[:, None], dropout)
+            # The sign says what is dropped: a mask beside the weights would take registers of its own.
+            p = tl.where(kept_by(seed, head, rows[None, :], cols[:, None], dropout), p, -p)
         if HAS_DV:
             # dv = (p kept)^T do
             weights = p
             if HAS_DROPOUT:
-                weights = tl.where(kept, p, 0.0)
+                weights = tl.where(p < 0.0, 0.0, p)
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee", out_dtype=ACC)
         if HAS_DK or HAS_DQ:
             delta = tl.load(DELTA + at + m, mask=rows_ok, other=0.0)
             dp = tl.dot(v, tl.trans(do), input_precision="ieee", out_dtype=ACC)
-            ds = score_gradient(p, dp, delta[None, :], slope, kept, dropout, HAS_SOFTCAP, HAS_DROPOUT)
+            ds = score_gradient(p, dp, delta[None, :], slope, dropout, HAS_SOFTCAP, HAS_DROPOUT)
             if not HAS_DLSE and (on_edge or S == 1):
                 ds = tl.where(alone(rows, sight, HAS_LEFT, HAS_RIGHT)[None, :], 0.0, ds)
             ds = ds.to(q.dtype)

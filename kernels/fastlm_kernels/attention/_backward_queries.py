@@ -92,11 +92,10 @@ def _gather_keys(
             HAS_KEY_MASK,
             HAS_SOFTCAP,
         )
-        kept = p
         if HAS_DROPOUT:
-            kept = kept_by(seed, head, rows, cols[None, :], dropout)
+            p = tl.where(kept_by(seed, head, rows, cols[None, :], dropout), p, -p)
         dp = tl.dot(do, v, input_precision="ieee", out_dtype=ACC)  # type: ignore[arg-type]
-        ds = score_gradient(p, dp, delta, slope, kept, dropout, HAS_SOFTCAP, HAS_DROPOUT)
+        ds = score_gradient(p, dp, delta, slope, dropout, HAS_SOFTCAP, HAS_DROPOUT)
         if MASKED and not HAS_DLSE:
             ds = tl.where(alone(rows, sight, HAS_LEFT, HAS_RIGHT), 0.0, ds)
         # dq = ds k

@@ -79,11 +79,13 @@ def _in_gluon(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extr
 def _describable(config: configs.AttentionConfig, tensors: tuple[Tensor, ...], extras: Extras) -> bool:
     """Whether the tiles can be loaded as the configuration says: descriptors want rows on 16-byte boundaries.
 
-    Warps that only load cannot load masks, which have no descriptors. A packed document may be empty, a descriptor not.
+    Warps that only load cannot load masks, which have no descriptors, and leave no registers for dropout's words. A
+    packed document may be empty, a descriptor not.
     """
     if extras.cu_q is not None or config.loads.startswith("gluon"):
         return config.loads == "pointers"
-    if config.loads == "specialized" and (extras.mask is not None or extras.key_mask is not None):
+    beside = (extras.mask, extras.key_mask, extras.seed)
+    if config.loads == "specialized" and any(x is not None for x in beside):
         return False
     rows = (x.shape[-1] % unit_of(x) == 0 and steps_of(x)[2] >= x.shape[-1] for x in tensors)
     return config.loads == "pointers" or (tensors[0].itemsize == 2 and all(rows))

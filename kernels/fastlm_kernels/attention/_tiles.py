@@ -181,13 +181,24 @@ def softmax_step(s, total, top, factor, MASKED: tl.constexpr):
 
 
 @kernel()
+def hash32(x):
+    """Every bit of x, uint32, in every bit of the result; `_dropout.hash32` in PyTorch's operators."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@kernel()
 def kept_by(seed, head, rows, cols, dropout):
-    """Which weights dropout keeps: a Philox word for each (head, query, key), the same in every kernel and tile.
+    """Which weights dropout keeps: a word for each (seed, head, query, key), the same in every kernel and tile.
 
     The seed is the batch row's own, so that no place in the batch changes what a sample drops. `kept_weights` is this in
-    PyTorch's operators. Not broadcast before: only from the second round on do the words fill the tile.
+    PyTorch's operators. One hash a weight, of one for its query and one for its key, two multiplications: Philox in
+    seven rounds takes 28, and so many registers for its words that tiles spilled.
     """
-    word, _, _, _ = tl.philox(seed, rows, cols, head, 0, 7)
+    low, high = hash32(seed.to(tl.uint32)), hash32((seed >> 32).to(tl.uint32))
+    row_words = hash32(hash32(low ^ tl.cast(head, tl.uint32)) ^ rows.to(tl.uint32))
+    word = hash32(row_words ^ hash32(high ^ cols.to(tl.uint32)))
     return word >= (tl.cast(dropout, tl.float32) * 4294967296.0).to(tl.uint32)
 
 
@@ -251,11 +262,13 @@ def weights_of(
 
 
 @kernel()
-def score_gradient(p, dp, delta, slope, kept, dropout, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr):
-    """ds = p (dp - delta), without the scale: the results are scaled once."""
+def score_gradient(p, dp, delta, slope, dropout, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr):
+    """ds = p (dp - delta), without the scale: the results are scaled once. p is negative where it was dropped."""
+    ds = dp - delta
     if HAS_DROPOUT:
-        dp = tl.where(kept, dp / (1.0 - dropout), 0.0)
-    ds = p * (dp - delta)
+        # -p of what is dropped: p (0 - delta) = -p delta
+        ds = tl.where(p < 0.0, delta, dp * (1.0 / (1.0 - dropout)) - delta)
+    ds *= p
     if HAS_SOFTCAP:
         ds *= 1.0 - slope * slope
     return ds

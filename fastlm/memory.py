@@ -9,6 +9,9 @@ What a block keeps for backward, in rows of D values a token, with g = n_kv_head
 
 and fp32 statistics: a log-sum-exp a head, one number a norm (modern) or two (gpt2). Recomputing drops
 `activation` 4 rows, `mlp` 8, `block` everything but two rows, to which one whole block comes back in backward.
+
+With dropout a byte a number of both branches; and where no kernel of ours attends, PyTorch's operators one by one keep
+each attention weight twice in fp32 and its mask, and a row in fp32 (modern: two).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from fastlm_kernels.optim._eight_bits import BLOCK
 
 KERNELS_PLAN_SHARE = 1 / 8  # of logits and their gradient: the most that our linear cross-entropy works in
 FP32 = 4
+WORD_BYTES = 3 * 8  # of a weight's dropout while PyTorch's operators hash it
 
 
 @dataclass(frozen=True)
@@ -49,34 +53,42 @@ def step_memory(cfg: Config, vocab_size: int) -> StepMemory:
     size = 2 if cfg.train.precision == "bf16" else FP32
     gradient_size = FP32 if micro < cfg.train.batch_size else size
     recompute = recompute_part(cfg.train.recompute)
-    model, whole = cfg.model, block_bytes(cfg.model, tokens, size, "none")
-    recomputed = whole - block_bytes(model, tokens, size, recompute)
+    model, whole = cfg.model, block_bytes(cfg.model, tokens, size, "none", cfg.data.seq_len)
+    kept = block_bytes(model, tokens, size, recompute, cfg.data.seq_len)
+    words = WORD_BYTES * model.n_head * cfg.data.seq_len * tokens if _holds_weights(model) else 0
     backward = 10 * tokens * model.n_embd * size  # gradients of both sides of the activation, and two rows
     return StepMemory(
         weights=total * (FP32 if size == FP32 else size + FP32),
         gradients=total * gradient_size,
         optimizer=moment_bytes(cfg, total),
-        activations=stem_bytes(model, tokens, size) + model.n_layer * block_bytes(model, tokens, size, recompute),
+        activations=stem_bytes(model, tokens, size) + model.n_layer * kept,
         head=_head(cfg, vocab_size, tokens, size),
-        block=recomputed + backward,
+        block=whole - kept + backward + words,
         update=_update(cfg),
     )
 
 
-def block_bytes(cfg: ModelConfig, tokens: int, size: int, recompute: str) -> int:
-    """What one block keeps for backward, activations of `size` bytes each."""
+def _holds_weights(cfg: ModelConfig) -> bool:
+    return cfg.dropout > 0 and cfg.attention != "triton"
+
+
+def block_bytes(cfg: ModelConfig, tokens: int, size: int, recompute: str, seq_len: int = 0) -> int:
+    """What one block keeps for backward, activations of `size` bytes each; sequences of `seq_len` matter to dropout."""
     modern, share = cfg.family == "modern", (cfg.n_kv_head or cfg.n_head) / cfg.n_head
     numbers = 1 if modern else 2
     if recompute == "block":
         return int(tokens * (2 * cfg.n_embd * size + numbers * FP32))
     rows = 2 + (1 + 2 * share) + (1 + share) * modern + 1 + 2 + {"none": 8, "activation": 4, "mlp": 0}[recompute]
-    return int(tokens * (rows * cfg.n_embd * size + (cfg.n_head + 2 * numbers) * FP32))
+    dropout = 2 * cfg.n_embd if cfg.dropout > 0 else 0
+    if _holds_weights(cfg):
+        dropout += (2 * FP32 + 1) * cfg.n_head * seq_len + (1 + modern) * FP32 * cfg.n_embd
+    return int(tokens * (rows * cfg.n_embd * size + (cfg.n_head + 2 * numbers) * FP32 + dropout))
 
 
 def stem_bytes(cfg: ModelConfig, tokens: int, size: int) -> int:
     """What embedding and final norm keep: token ids, the norms' inputs."""
     rows = 2 if cfg.family == "modern" else 1
-    return tokens * (rows * cfg.n_embd * size + 8 + 2 * FP32)
+    return tokens * (rows * cfg.n_embd * size + 8 + 2 * FP32 + (cfg.n_embd if cfg.dropout > 0 else 0))
 
 
 def _head(cfg: Config, vocab_size: int, tokens: int, size: int) -> int:

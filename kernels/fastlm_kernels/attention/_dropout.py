@@ -43,9 +43,8 @@ def kept_weights(dropout_seed: Tensor, weights: Tensor, dropout_p: float) -> Ten
     A weight's word, a hash of those of its query and its key, must reach dropout_p of 2^32.
     """
     heads, rows, cols = (torch.arange(n, device=weights.device) for n in weights.shape[-3:])
-    seed = dropout_seed.reshape(-1, 1, 1, 1)
-    seed = seed if weights.dim() == 4 else seed[0]
-    row_words = hash32(hash32(hash32(seed) ^ heads[:, None, None]) ^ rows[:, None])
+    seed = dropout_seed.reshape(-1, 1, 1, 1) if weights.dim() == 4 else dropout_seed.reshape(1, 1, 1)
+    row_words = hash32(hash32(hash32(seed) ^ heads.view(-1, 1, 1)) ^ rows.view(-1, 1))
     word = hash32(row_words ^ hash32(hash32(seed >> 32) ^ cols))
     # The share in fp32, as kernels receive it: exact once multiplied.
     limit = torch.full((), dropout_p, dtype=torch.float32, device=weights.device) * 2.0**32

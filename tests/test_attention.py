@@ -16,6 +16,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime, attention, configs
 from fastlm_kernels.attention import _operators
+from fastlm_kernels.attention._dropout import kept_weights
 from fastlm_kernels.check import compare, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
 
@@ -210,6 +211,10 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
         ({"key_mask": torch.ones(2, 6, dtype=torch.bool)}, "key_mask: got torch.bool (2, 6)"),
         ({"key_mask": torch.ones(2, 7)}, "key_mask: got torch.float32 (2, 7)"),
         ({"key_mask": [True]}, "key_mask: got [True]"),
+        ({"dropout_seed": 3}, "dropout_seed: got 3"),
+        ({"dropout_seed": torch.zeros(3, dtype=torch.int64)}, "dropout_seed: got torch.int64 (3,)"),
+        ({"dropout_seed": torch.zeros(2)}, "dropout_seed: got torch.float32 (2,)"),
+        ({"dropout_seed": torch.zeros(2, dtype=torch.int64, device="meta")}, "on meta for query"),
     ],
     ids=str,
 )
@@ -918,6 +923,48 @@ def test_dropouts_backward_uses_the_mask_of_its_forward(options: dict[str, Any],
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
+SEEDS = torch.tensor([7, -(2**40) - 7, 2**40 + 7])
+
+
+@pytest.mark.both_paths
+@pytest.mark.parametrize(("rows", "keys"), [(40, 70), (2, 256)], ids=["tiles", "split"])
+def test_a_seed_says_what_is_dropped(rows: int, keys: int, device: str) -> None:
+    """With equal scores and identity values the output is the mask: that of the definition, bit for bit."""
+    q, k = torch.zeros(3, 4, rows, 16, device=device), torch.randn(3, 2, keys, 16, device=device)
+    v = torch.eye(keys, device=device).expand(3, 2, keys, keys)
+    spaced = torch.stack([SEEDS, SEEDS + 1], 1).to(device)[:, 0]
+    attend = partial(fk.scaled_dot_product_attention, dropout_p=0.3, enable_gqa=True)
+    kept = attend(q, k, v, dropout_seed=spaced) != 0
+    assert torch.equal(kept, kept_weights(spaced, kept, 0.3))
+    assert torch.equal(attend(q, k, v, dropout_seed=spaced[1]) != 0, kept[1].expand_as(kept))
+    assert torch.equal(attend(q[1], k[1], v[1], dropout_seed=spaced[1:2]) != 0, kept[1])
+    # Seeds that differ in one word, heads, queries and keys draw apart.
+    pairs = [(kept[0], kept[2]), (kept[1], kept[2]), (kept[:, 0], kept[:, 1])]
+    pairs += [(kept[..., 1:, :], kept[..., :-1, :]), (kept[..., 1:], kept[..., :-1])]
+    for a, b in pairs:
+        assert abs((a == b).float().mean().item() - 0.58) < 3 / math.sqrt(a.numel())
+    assert not attend(q, k, v, dropout_p=1.0, dropout_seed=spaced).any()
+
+
+@pytest.mark.both_paths
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_sample_drops_alike_wherever_it_stands_in_a_batch(deterministic: bool, device: str) -> None:
+    """Outputs and gradients of a row by itself are those in its batch."""
+    torch.manual_seed(0)
+    whole = [torch.randn(2, heads, 40, 16, device=device, requires_grad=True) for heads in (2, 1, 1)]
+    upstream = torch.randn(2, 2, 40, 16, device=device)
+
+    def results(rows: slice) -> list[Tensor]:
+        q, k, v = (x[rows] for x in whole)
+        seeds = SEEDS[:2].to(device)[rows]
+        options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "deterministic": deterministic}
+        out = fk.scaled_dot_product_attention(q, k, v, dropout_p=0.4, dropout_seed=seeds, **options)
+        return [out, *(grad[rows] for grad in torch.autograd.grad(out, whole, upstream[rows]))]
+
+    for together, alone in zip(results(slice(None)), results(slice(1, 2)), strict=True):
+        torch.testing.assert_close(together[1:], alone, rtol=1e-5, atol=1e-6)
+
+
 @kernels
 def test_dropout_survives_checkpointing(kernel_device: str) -> None:
     from torch.utils.checkpoint import checkpoint
@@ -940,7 +987,7 @@ GRADCHECKS: dict[str, dict[str, Any]] = {
     "bottom right, scale": {"is_causal": True, "causal_align": "bottom_right", "scale": 0.7},
     "key_mask": {"key_mask": torch.tensor([[True, True, False, True]])},
     "mask": {"attn_mask": torch.ones(3, 4, dtype=torch.bool).tril(1)},
-    "dropout": {"dropout_p": 0.3, "softcap": 2.0},
+    "dropout": {"dropout_p": 0.3, "softcap": 2.0, "dropout_seed": torch.tensor([5])},
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.config import Config, ModelConfig
-from fastlm.model import GPT, hash32, rotary_table, sample_dropout
+from fastlm.model import GPT, hash32, rotary_table, sample_dropout, site_keys
 from fastlm.resolve import resolve_model
 from fastlm_kernels import _runtime
 
@@ -228,11 +228,40 @@ class TestDropout:
         model = build(dropout=0.5)
         assert torch.equal(model(some_tokens()), model(some_tokens()))
 
-    def test_cutting_the_batch_changes_no_mask(self):
-        model, tokens, seeds = build(dropout=0.3), some_tokens(4), hash32(torch.arange(4))
+    @pytest.mark.both_paths
+    @pytest.mark.parametrize("attention", ["sdpa", "triton"])
+    def test_cutting_the_batch_changes_no_mask(self, attention: str):
+        model, tokens = build(dropout=0.3, attention=attention), some_tokens(4)
+        seeds = hash32(torch.arange(4))
         whole = model(tokens, tokens.roll(-1, 1), seeds_B=seeds, reduction="none")
         cut = model(tokens[2:], tokens.roll(-1, 1)[2:], seeds_B=seeds[2:], reduction="none")
         torch.testing.assert_close(whole[2:], cut)
+
+    @pytest.mark.both_paths
+    @pytest.mark.parametrize("name", ["modern", "gpt2"])
+    def test_the_weights_of_every_layer_drop_by_keys_of_their_own(self, name: str):
+        """The kernel and PyTorch's operators drop the same; the residual branches by other keys; nobody in evaluation."""
+        losses, seen = [], []
+        for attention in ("triton", "sdpa", "flash"):
+            model, tokens, seeds = build(name, dropout=0.3, attention=attention), some_tokens(), hash32(torch.arange(2))
+            losses.append(model(tokens, tokens.roll(-1, 1), seeds_B=seeds))
+        for block in model.blocks:
+            attend = block.attn.attend
+
+            def noted(*given: Tensor, attend: Any = attend, **options: Any) -> Tensor:
+                seen.append((options.get("dropout_p"), options.get("dropout_seed")))
+                return attend(*given, **options)
+
+            block.attn.attend = noted
+        assert torch.equal(model(tokens, tokens.roll(-1, 1), seeds_B=seeds), losses[-1])
+        torch.testing.assert_close(losses[1:], losses[:1] * 2)
+        used = torch.stack([seed for _, seed in seen])
+        keys = torch.stack(site_keys(seeds, 7))
+        assert [share for share, _ in seen] == [0.3, 0.3]
+        assert torch.equal(used, keys[1::3][:2])
+        assert len(keys.unique()) == keys.numel()
+        model(tokens)
+        assert seen[2:] == [(None, None)] * 2
 
 
 @pytest.mark.needs_triton

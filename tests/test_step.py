@@ -424,6 +424,23 @@ class TestResolved:
         assert cfg.model.attention == "triton"
         assert any("the fastest measured on cpu, bench/results/x" in note for note in notes)
 
+    def test_dropout_takes_what_seeds_it_by_sample(self, monkeypatch: pytest.MonkeyPatch):
+        """Our kernel before what was measured faster without it; PyTorch's operators one by one; never flash-attn."""
+        told = "PyTorch's operators one by one, every weight held"
+        for keys in ({}, {"attention": "sdpa"}):
+            cfg, notes = self.resolve(kernels="torch", dropout=0.1, **keys)
+            assert cfg.model.attention == "sdpa"
+            assert any(told in note for note in notes)
+        monkeypatch.setattr(resolve, "FASTEST_ATTENTION", {"cpu": resolve.Fastest("flash", "a record")})
+        monkeypatch.setattr(resolve, "_kernels", lambda cfg, device: ("triton", "kernels: ours"))
+        cfg, notes = self.resolve(dropout=0.1)
+        assert cfg.model.attention == "triton"
+        assert any("which seeds dropout by sample" in note for note in notes)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        with pytest.raises(InputError, match="got flash; flash-attn's dropout takes no seed of each sample; use auto"):
+            self.resolve(attention="flash", dropout=0.1)
+        assert any("is flash, but flash-attn computes in bf16" in note for note in self.resolve()[1])
+
     @pytest.mark.parametrize(
         ("keys", "message"),
         [

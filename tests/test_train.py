@@ -406,7 +406,7 @@ class TestPaths:
         """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        cfg = build(name, dropout=0.1).cfg
+        cfg = build(name, dropout=0.1, attention="triton").cfg
         with FakeTensorMode(), torch.no_grad():
             model = GPT(cfg, 61, compute_dtype=torch.bfloat16)
             for module in model.modules():

@@ -92,7 +92,7 @@ def _visible(
         right = 0
     mask = None
     if left >= 0 or right >= 0:
-        positions = torch.arange(L, device=query.device).unsqueeze(1) + (S - L if bottom_right else 0)
+        positions = torch.arange(L, device=query.device)[:, None] + (S - L if bottom_right else 0)
         keys = torch.arange(S, device=query.device)
         mask = torch.ones(L, S, dtype=torch.bool, device=query.device)
         if left >= 0:
@@ -141,9 +141,9 @@ def _explicit(
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     # An empty row's softmax and its gradient would be NaN: give it harmless scores, then overwrite what it yields.
     empty = (scores == -math.inf).all(-1)
-    scores = scores.masked_fill(empty.unsqueeze(-1), 0.0)
+    scores = scores.masked_fill(empty[..., None], 0.0)
     lse = scores.logsumexp(-1).masked_fill(empty, -math.inf)
-    weights = scores.softmax(-1).masked_fill(empty.unsqueeze(-1), 0.0)
+    weights = scores.softmax(-1).masked_fill(empty[..., None], 0.0)
     return _dropped(weights, dropout_p, dropout_seed) @ v, lse
 
 

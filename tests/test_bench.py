@@ -192,7 +192,8 @@ def test_dropout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does not scale what it keeps, and one whose backward keeps other weights, are refused."""
     index = next(i for i, kernel in enumerate(TIMED) if kernel.name == "scaled_dot_product_attention")
     case = {"rows": 64, "columns": 8, "heads": 4, "kv_heads": 4, "dropout": 0.2}
-    bench_kernels._check_dropout(index, case)
+    entry = Entry(index, tuple(case.items()))
+    bench_kernels._check(*entry)
     good = TIMED[index].fused
 
     def changed(fn: Callable[..., Tensor]) -> tuple[object, ...]:
@@ -205,7 +206,7 @@ def test_dropout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in (lambda **a: 0.8 * good(**a), lambda dropout_p, **a: good(**a), other_weights):
         monkeypatch.setattr(bench_kernels, "TIMED", changed(bad))
         with pytest.raises(AssertionError):
-            bench_kernels._check_dropout(index, case)
+            bench_kernels._check.__wrapped__(*entry)
 
 
 def test_the_spread_of_a_call() -> None:

@@ -10,6 +10,8 @@ ONE_PASS = ACCURATE.format(
 )
 SAME = "test_attention.py::test_one_pass_gives_the_gradients_of_two[{}]"
 LONE_KEY = "test_attention.py::test_the_log_sum_exp_of_one_key_has_its_gradient[{}]"
+SEED = "test_attention.py::test_a_seed_says_what_is_dropped[triton-{}]"
+SAMPLE = "test_attention.py::test_a_sample_drops_alike_wherever_it_stands_in_a_batch[triton-{}]"
 DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[alignbottom_right-descriptors]"
 
 MUTATIONS = (
@@ -163,22 +165,71 @@ MUTATIONS = (
     Mutation(
         "attention: dropout draws the same for every head",
         "attention/_tiles.py",
-        "tl.philox(seed, rows, cols, zeros + head, zeros, 7)",
-        "tl.philox(seed, rows, cols, zeros, zeros, 7)",
-        "test_attention.py::test_dropout_has_its_share_its_scale_and_its_seed",
+        "hash32(low ^ tl.cast(head, tl.uint32))",
+        "hash32(low)",
+        SEED.format("tiles"),
+    ),
+    Mutation(
+        "attention: half of a dropout seed unread",
+        "attention/_tiles.py",
+        "hash32((seed >> 32).to(tl.uint32))",
+        "hash32(seed.to(tl.uint32) * 0)",
+        SEED.format("tiles"),
+    ),
+    Mutation(
+        "attention: forward drops by the first sample's seed",
+        "attention/_forward.py",
+        "tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)",
+        "tl.load(SEED)",
+        SEED.format("tiles"),
+    ),
+    Mutation(
+        "attention: dk and dv drop by the first sample's seed",
+        "attention/_backward_keys.py",
+        "tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)",
+        "tl.load(SEED)",
+        SAMPLE.format(False),
+    ),
+    Mutation(
+        "attention: dq drops by the first sample's seed",
+        "attention/_backward_queries.py",
+        "tl.load(SEED + tl.cast(batch, tl.int64) * stride_seed)",
+        "tl.load(SEED)",
+        SAMPLE.format(True),
+    ),
+    Mutation(
+        "attention: the heads of a split group drop alike",
+        "attention/_forward.py",
+        "        dropout_head = head + group_rows[:, None]\n",
+        "        dropout_head = head\n",
+        SEED.format("split"),
+    ),
+    Mutation(
+        "attention: seeds that do not lie side by side",
+        "attention/_launch.py",
+        "extras.seed.numel() == 1 else extras.seed.stride(0)",
+        "extras.seed.numel() == 1 else 1",
+        SEED.format("tiles"),
+    ),
+    Mutation(
+        "attention: one seed for all rows read as one of many",
+        "attention/_launch.py",
+        "extras.seed is None or extras.seed.numel() == 1 else",
+        "extras.seed is None else",
+        SEED.format("tiles"),
     ),
     Mutation(
         "attention: dropout left out of the backward's weights",
         "attention/_tiles.py",
-        "        dp = tl.where(kept, dp / (1.0 - dropout), 0.0)",
-        "        dp = dp / (1.0 - dropout)",
+        "        ds = tl.where(p < 0.0, delta, dp * (1.0 / (1.0 - dropout)) - delta)",
+        "        ds = dp * (1.0 / (1.0 - dropout)) - delta",
         "test_attention.py::test_dropouts_backward_uses_the_mask_of_its_forward[{}]",
     ),
     Mutation(
         "attention: dropped weights counted in dv",
         "attention/_backward_keys.py",
-        "                weights = tl.where(kept, p, 0.0)",
-        "                weights = p",
+        "                weights = tl.where(p < 0.0, 0.0, p)",
+        "                weights = tl.abs(p)",
         "test_attention.py::test_dropouts_backward_uses_the_mask_of_its_forward[{}]",
     ),
     Mutation(

@@ -149,7 +149,9 @@ def stepping(extras: Extras) -> Extras:
 def pointers_of(extras: Extras, absent: Tensor) -> list[Tensor]:
     """The extras as kernels take them: masks as bytes, any pointer for what is not there."""
     *others, seed = extras
-    pointers = [absent if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in others]
+    pointers = [
+        absent if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in others
+    ]
     return [*pointers, absent if seed is None else seed]
 
 

@@ -240,12 +240,13 @@ class TestDropout:
     @pytest.mark.both_paths
     @pytest.mark.parametrize("name", ["modern", "gpt2"])
     def test_the_weights_of_every_layer_drop_by_keys_of_their_own(self, name: str):
-        """The kernel and PyTorch's operators drop the same; the residual branches by other keys; nobody in evaluation."""
+        """The kernel and PyTorch's operators drop the same; residual branches by other keys; nobody in evaluation."""
         losses, seen = [], []
         for attention in ("triton", "sdpa", "flash"):
             model, tokens, seeds = build(name, dropout=0.3, attention=attention), some_tokens(), hash32(torch.arange(2))
             losses.append(model(tokens, tokens.roll(-1, 1), seeds_B=seeds))
-        for block in model.blocks:
+        blocks: Any = model.blocks
+        for block in blocks:
             attend = block.attn.attend
 
             def noted(*given: Tensor, attend: Any = attend, **options: Any) -> Tensor:

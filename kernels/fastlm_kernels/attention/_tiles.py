@@ -192,8 +192,8 @@ def hash32(x):
 def kept_by(seed, head, rows, cols, dropout):
     """Which weights dropout keeps: a word for each (seed, head, query, key), the same in every kernel and tile.
 
-    The seed is the batch row's own, so that no place in the batch changes what a sample drops. `kept_weights` is this in
-    PyTorch's operators. One hash a weight, of one for its query and one for its key, two multiplications: Philox in
+    The seed is the batch row's own, so that no place in the batch changes what a sample drops. `kept_weights` is this
+    in PyTorch's operators. One hash a weight, of one for its query and one for its key, two multiplications: Philox in
     seven rounds takes 28, and so many registers for its words that tiles spilled.
     """
     low, high = hash32(seed.to(tl.uint32)), hash32((seed >> 32).to(tl.uint32))

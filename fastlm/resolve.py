@@ -116,7 +116,7 @@ def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sd
 
 
 def _open_attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa", "flash"], str]:
-    """What `auto` means: the fastest measured if this run can use it; with dropout our kernel before single operators."""
+    """What `auto` means: the fastest measured, if this run can use it; with dropout our kernel if there is one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     fastest = FASTEST_ATTENTION.get(name)
     if cfg.model.dropout > 0 and _attention_obstacle("triton", cfg, device) is None:

@@ -39,11 +39,13 @@ def _inputs(
     masked: tuple[int, ...] | None = None,
     lse: bool = False,
     one_pass: bool = False,
+    dropout: float = 0.0,
 ) -> Arguments:
     """Arguments of scaled_dot_product_attention: `rows` queries of heads of `columns` channels, `keys` keys.
 
     Tensors are (batch, positions, heads, channels) in memory. `padded` gives a key_mask; `masked` names the axes over
-    which a bool mask is broadcast, and its first query sees nothing. `one_pass` gives deterministic=False.
+    which a bool mask is broadcast, and its first query sees nothing. `one_pass` gives deterministic=False. `dropout`
+    comes with seeds, so that every path drops the same.
     """
     S = rows if keys is None else keys
     shapes = {"query": (heads, rows, columns), "key": (kv_heads, S, columns), "value": (kv_heads, S, values or columns)}
@@ -58,6 +60,8 @@ def _inputs(
         shape = (1 if axis in masked else size for axis, size in enumerate((batch, heads, rows, S)))
         arguments["attn_mask"] = mask = _random_mask(draw, *shape)
         mask[..., :1, :] &= 2 in masked
+    if dropout:
+        arguments |= {"dropout_p": dropout, "dropout_seed": torch.arange(5, 5 + batch, device=device)}
     return arguments
 
 
@@ -124,6 +128,7 @@ _SMALL: tuple[Case, ...] = (
     {"rows": 2, "columns": 16, "keys": 300, "heads": 4, "align": "bottom_right", "lse": True},
     {"rows": 9, "columns": 160, "heads": 1, "keys": 34, "masked": (1, 2), "padded": True, "causal": False},
     {"rows": 67, "columns": 24, "keys": 131, "heads": 4, "kv_heads": 2, "align": "bottom_right", "one_pass": True},
+    {"rows": 67, "columns": 16, "keys": 80, "heads": 4, "kv_heads": 2, "batch": 2, "dropout": 0.3},
 )
 _QUICK: tuple[Case, ...] = (
     {"rows": 64, "columns": 64, "heads": 2, "kv_heads": 2},
@@ -173,6 +178,7 @@ _COMPILED: tuple[Case, ...] = (
             {"softcap": 30.0},
             {"padded": True, "causal": False},
             {"masked": (0, 1), "causal": False},
+            {"dropout": 0.1},
         )
     ),
     *({"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True} for columns in (64, 128)),
@@ -184,6 +190,7 @@ _COMPILED: tuple[Case, ...] = (
             {"softcap": 30.0},
             {"padded": True, "causal": False},
             {"masked": (0, 1), "causal": False},
+            {"dropout": 0.1},
         )
     ),
     {"rows": 1, "columns": 128, "heads": 8, "kv_heads": 2, "keys": 32768, "causal": False},

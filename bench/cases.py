@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 
-from fastlm_kernels import attention
-from fastlm_kernels.registry import KERNELS, Arguments, Case, Kernel, generator_of, random_tensor
+from fastlm_kernels.registry import KERNELS, Arguments, Case, Kernel
+from fastlm_kernels.registry.attention import PACKED
 
 _ATTENTION = next(kernel for kernel in KERNELS if kernel.name == "scaled_dot_product_attention")
 # Most important first: a run may be stopped at any moment.
@@ -33,44 +33,6 @@ def _attention_inputs(*args: Any, **case: Any) -> Arguments:
     return {name: value for name, value in _ATTENTION.inputs(*args, **case).items() if name != "dropout_seed"}
 
 
-def _document_lengths(rows: int, documents: int) -> list[int]:
-    """Lengths of growing documents, `rows` tokens together."""
-    ends = [rows * i * (i + 1) // (documents * (documents + 1)) for i in range(documents + 1)]
-    return [end - start for start, end in pairwise(ends)]
-
-
-def _varlen_inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
-    *,
-    rows: int,
-    columns: int,
-    heads: int = 2,
-    documents: int = 4,
-) -> Arguments:
-    """Arguments of varlen_attn: `rows` tokens in causal documents of different lengths, heads of `columns` channels."""
-    g = generator_of(seed)
-    q, k, v = (random_tensor((rows, heads, columns), dtype, device, g, scale=1.2, shift=0.2) for _ in range(3))
-    lengths = _document_lengths(rows, documents)
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-    return dict(zip(names, (q, k, v, starts, starts, max(lengths), max(lengths)), strict=True)) | {
-        "window_size": (-1, 0)
-    }
-
-
-def _varlen_traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
-    # Forward: q, k, v in, out out. Backward: those four and the upstream gradient in, three gradients out.
-    return case["rows"] * case.get("heads", 2) * case["columns"] * (8 if backward else 4) * dtype.itemsize
-
-
-def _varlen_flops(case: Case, backward: bool) -> int:
-    lengths = _document_lengths(case["rows"], case.get("documents", 4))
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return 2 * (5 if backward else 2) * case["columns"] * case.get("heads", 2) * pairs
-
-
 # The registry's shape for features on a GPU, and a small one.
 _AT_16K: Case = {"rows": 4096, "columns": 128, "batch": 4, "heads": 16, "kv_heads": 16}
 _AT_64: Case = {"rows": 64, "columns": 32, "heads": 4, "kv_heads": 4}
@@ -83,13 +45,6 @@ _SMALL_FEATURES: tuple[Case, ...] = (
     {"lse": True},
     {"rows": 1, "keys": 256, "causal": False},
 )
-_VARLEN_QUICK: tuple[Case, ...] = ({"rows": 96, "columns": 32},)
-_VARLEN_LARGE: tuple[Case, ...] = tuple(
-    {"rows": 16384, "columns": columns, "heads": 2048 // columns, "documents": documents}
-    for columns in (64, 128)
-    for documents in (8, 64)
-)
-
 TIMED: tuple[Kernel, ...] = (
     *(
         replace(
@@ -102,18 +57,7 @@ TIMED: tuple[Kernel, ...] = (
         else kernel
         for kernel in KERNELS
     ),
-    Kernel(
-        attention.varlen_attn,
-        attention.varlen_attn_reference,
-        _varlen_inputs,
-        _VARLEN_QUICK,
-        _VARLEN_QUICK,
-        _VARLEN_LARGE,
-        (),
-        _varlen_traffic,
-        _varlen_flops,
-        realigns=True,
-    ),
+    PACKED,
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm_kernels import configs, tune
+from fastlm_kernels import aot, configs, tune
 from fastlm_kernels.configs import RowConfig
 from fastlm_kernels.registry import Case
 from fastlm_kernels.tune import SUBJECTS, Subject, Trial
@@ -142,6 +142,51 @@ def test_fast_and_wrong_never_wins(defect: str) -> None:
 
     trial = replace(clock({8: 0.1, 2: 0.5}), **{defect: bad})
     assert tune.tune_bucket(FORWARD, 2, "sm_90", trial)[0].num_warps == 2
+
+
+ATTENTION = [subject for subject in SUBJECTS if subject.table.startswith("ATTENTION")]
+
+
+@pytest.mark.parametrize("defect", ["spills", "accurate"])
+@pytest.mark.parametrize("switch", ["window", "softcap", "padded", "masked", "lse", "dropout", "documents", "kv_heads"])
+def test_a_tile_that_fails_one_of_the_calls_it_serves_never_wins(switch: str, defect: str) -> None:
+    """Right and fastest on the timed call: the next one takes the place. The present one spills and stays right."""
+    subject = next(subject for subject in SUBJECTS if subject.table == "ATTENTION_DKDV")
+    present = configs.rows_of("ATTENTION_DKDV", "sm_90")[0]
+
+    def used() -> configs.AttentionConfig:
+        return configs.rows_of("ATTENTION_DKDV", "sm_90")[0]
+
+    def milliseconds(subject: Subject, case: Case) -> float:
+        return {4: 0.4, 1: 0.5}.get(used().num_stages, 1.0)
+
+    def fails(subject: Subject, case: Case, *_: str) -> bool:
+        asked = case.get(switch)
+        return used().num_stages == 4 and bool(asked) and (switch != "kv_heads" or asked == 1)
+
+    judged = fails if defect == "spills" else lambda *given: not fails(*given)
+    trial = replace(clock({}), milliseconds=milliseconds, **{defect: judged})
+    assert tune.tune_bucket(subject, 0, "sm_90", trial)[0].num_stages == 1
+    alone = replace(trial, accurate=lambda subject, case: used() == present or "softcap" not in case)
+    assert tune.tune_bucket(subject, 0, "sm_90", alone)[0] == present
+
+
+@pytest.mark.needs_triton
+@pytest.mark.parametrize("subject", ATTENTION, ids=lambda subject: subject.table)
+def test_the_calls_that_a_tile_is_judged_by_use_it(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each switch reaches a kernel whose launch takes the tile on trial; all of them are among a tile's calls."""
+    table = configs.rows_of(subject.table, "sm_90")
+    case = tune.bucket_case(subject, table[0], tune.kernel_named(subject.kernel))
+    switches: set[str] = set()
+    for other in tune.served_cases(subject, case):
+        kernel, few = tune.kernel_of(subject, other), tune.checked_case(subject, other)
+        with configs.trying(subject.table, "sm_90", (replace(table[0], num_warps=2), *table[1:])):
+            launches = aot.record_call(kernel, kernel.inputs(subject.dtype, "meta", 0, **few), "sm_90")
+        mine = [launch for launch in launches if launch.options["num_warps"] == 2]
+        assert mine, other
+        switches |= {name for launch in mine for name, value in launch.constexprs.items() if value is True}
+    wanted = {"HAS_LEFT", "HAS_RIGHT", "BOTTOM_RIGHT", "HAS_MASK", "HAS_KEY_MASK", "HAS_SOFTCAP", "HAS_DROPOUT"}
+    assert switches >= wanted | ({"PACKED"} if case["rows"] > 1 else {"SPLIT"})
 
 
 def test_a_table_is_left_as_it_was_after_an_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -210,4 +212,65 @@ KERNELS = (
         _flops,
         realigns=True,
     ),
+)
+
+# Packed documents, by the same kernels: outside of the list, whose every entry has kernels of its own.
+
+
+def _document_lengths(rows: int, documents: int) -> list[int]:
+    """Lengths of growing documents, `rows` tokens together."""
+    ends = [rows * i * (i + 1) // (documents * (documents + 1)) for i in range(documents + 1)]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def _packed_inputs(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int | torch.Generator,
+    *,
+    rows: int,
+    columns: int,
+    heads: int = 2,
+    documents: int = 4,
+    one_pass: bool = False,
+) -> Arguments:
+    """Arguments of varlen_attn: `rows` tokens in causal documents of different lengths, heads of `columns` channels."""
+    g = generator_of(seed)
+    q, k, v = (random_tensor((rows, heads, columns), dtype, device, g, scale=1.2, shift=0.2) for _ in range(3))
+    lengths = _document_lengths(rows, documents)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    values = (q, k, v, starts, starts, max(lengths), max(lengths))
+    options = {"window_size": (-1, 0)} | ({"deterministic": False} if one_pass else {})
+    return dict(zip(names, values, strict=True)) | options
+
+
+def _packed_traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
+    # Forward: q, k, v in, out out. Backward: those four and the upstream gradient in, three gradients out.
+    return case["rows"] * case.get("heads", 2) * case["columns"] * (8 if backward else 4) * dtype.itemsize
+
+
+def _packed_flops(case: Case, backward: bool) -> int:
+    lengths = _document_lengths(case["rows"], case.get("documents", 4))
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return 2 * (5 if backward else 2) * case["columns"] * case.get("heads", 2) * pairs
+
+
+_PACKED_QUICK: tuple[Case, ...] = ({"rows": 96, "columns": 32},)
+_PACKED_LARGE: tuple[Case, ...] = tuple(
+    {"rows": 16384, "columns": columns, "heads": 2048 // columns, "documents": documents}
+    for columns in (64, 128)
+    for documents in (8, 64)
+)
+PACKED = Kernel(
+    attention.varlen_attn,
+    attention.varlen_attn_reference,
+    _packed_inputs,
+    _PACKED_QUICK,
+    _PACKED_QUICK,
+    _PACKED_LARGE,
+    (),
+    _packed_traffic,
+    _packed_flops,
+    realigns=True,
 )

@@ -1,7 +1,7 @@
 """What the benches time: the registry's kernels, attention's features and packed documents beside them.
 
-A GPU gets the registry's `large` cases, a CPU its `quick` ones. Attention has an entry a feature at one shape, two of
-which the registry's own inputs do not hold: dropout from the default generator, and documents packed for `varlen_attn`.
+A GPU gets the registry's `large` cases, a CPU its `quick` ones. Attention has an entry a feature at one shape; dropout
+is timed without the registry's seeds.
 """
 
 from __future__ import annotations

@@ -17,10 +17,13 @@ from fastlm_kernels.registry import KERNELS, Kernel
 pytestmark = [pytest.mark.needs_compiler, pytest.mark.xdist_group("ahead of time")]
 
 
-# bf16, head dimensions 64 and 128, every feature: no spill but one of 8 bytes. Binaries of other heads or fp32 that do:
+# bf16, head dimensions 64 and 128, every feature: no spill but two of 8 bytes. Binaries of other heads or fp32 that do:
 # not to become more.
 USUAL_ATTENTION = r"scaled_dot_product_attention rows\d+-columns(64|128)-.* bfloat16"
-KNOWN = {("sm_120", "scaled_dot_product_attention rows4096-columns128-kv_heads2-one_pass-masked(0, 1) bfloat16")}
+KNOWN = {
+    ("sm_120", f"scaled_dot_product_attention rows4096-columns128-kv_heads2-one_pass-{feature} bfloat16")
+    for feature in ("masked(0, 1)", "dropout0.1")
+}
 ATTENTION_SPILLS = {"3.6": 37, "3.7": 34}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 

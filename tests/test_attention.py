@@ -966,6 +966,28 @@ def test_a_sample_drops_alike_wherever_it_stands_in_a_batch(deterministic: bool,
 
 
 @kernels
+def test_seeded_dropout_compiles_whole_and_passes_opcheck(kernel_device: str) -> None:
+    """fullgraph, seeds as a tensor whose values change; eager's bits."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 1, 20, 16, device=kernel_device, requires_grad=True)
+
+    def attend(seeds: Tensor) -> Tensor:
+        return fk.scaled_dot_product_attention(q, q, q, dropout_p=0.4, dropout_seed=seeds)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    seeds = SEEDS[:2].to(kernel_device)
+    outs = [compiled(seeds), compiled(seeds + 1)]
+    assert not torch.equal(*outs)
+    for out, given in zip(outs, (seeds, seeds + 1), strict=True):
+        expected = attend(given)
+        assert torch.equal(out, expected)
+        assert torch.equal(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (out, expected)))
+    options = (20, 20, -1, -1, False, 0.25, 0.0, 0.4, True, True)
+    checks = torch.library.opcheck(attention.attention_forward.op, (q, q, q, *[None] * 5, seeds, *options))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@kernels
 def test_dropout_survives_checkpointing(kernel_device: str) -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -63,7 +63,7 @@ def _inputs(
         arguments["attn_mask"] = mask = _random_mask(draw, *shape)
         mask[..., :1, :] &= 2 in masked
     if dropout:
-        arguments |= {"dropout_p": dropout, "dropout_seed": torch.arange(5, 5 + batch, device=device)}
+        arguments |= {"dropout_p": dropout, "dropout_seed": torch.arange(5, 5 + batch, device=draw.device)}
     return arguments
 
 
@@ -223,22 +223,14 @@ def _document_lengths(rows: int, documents: int) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
+@drawn
 def _packed_inputs(
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int | torch.Generator,
-    *,
-    rows: int,
-    columns: int,
-    heads: int = 2,
-    documents: int = 4,
-    one_pass: bool = False,
+    draw: Draw, *, rows: int, columns: int, heads: int = 2, documents: int = 4, one_pass: bool = False
 ) -> Arguments:
     """Arguments of varlen_attn: `rows` tokens in causal documents of different lengths, heads of `columns` channels."""
-    g = generator_of(seed)
-    q, k, v = (random_tensor((rows, heads, columns), dtype, device, g, scale=1.2, shift=0.2) for _ in range(3))
+    q, k, v = (draw(rows, heads, columns, scale=1.2, shift=0.2) for _ in range(3))
     lengths = _document_lengths(rows, documents)
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(draw.device, torch.int32)
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
     values = (q, k, v, starts, starts, max(lengths), max(lengths))
     options = {"window_size": (-1, 0)} | ({"deterministic": False} if one_pass else {})

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastlm_kernels as fk
 from fastlm.config import ModelConfig, Recompute, recompute_part
+from fastlm.products import linear
 from fastlm_kernels.attention import scaled_dot_product_attention_reference as sdpa
 from fastlm_kernels.attention._dropout import hash32
 
@@ -39,7 +40,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return linear(input, self.weight.to(input.dtype), bias)
 
 
 class Norm(nn.Module):
@@ -263,19 +264,25 @@ class GPT(nn.Module):
         y_BTD = self.hidden(tokens_BT, seeds_B=seeds_B, cache=cache)
         if targets_BT is None:
             return self.logits(y_BTD)
-        return fk.linear_cross_entropy(
-            y_BTD,
-            self.head.weight.to(y_BTD.dtype),
-            targets_BT,
-            reduction=reduction,
-            softcap=self.cfg.logit_softcap or None,
-            num_items=num_items,
-            num_classes=self.vocab_size if self.vocab_size < self.head.weight.size(0) else None,
-        )
+        options: dict[str, Any] = {"reduction": reduction, "softcap": self.cfg.logit_softcap or None}
+        options["num_items"] = num_items
+        if self.cfg.kernels == "torch":  # the logits are whole either way; the product is `products`' choice
+            logits_BTV = self._token_logits(y_BTD)
+            loss = fk.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), **options)
+            return loss.view(targets_BT.shape) if reduction == "none" else loss
+        padded = self.vocab_size < self.head.weight.size(0)
+        options["num_classes"] = self.vocab_size if padded else None
+        return fk.linear_cross_entropy(y_BTD, self.head.weight.to(y_BTD.dtype), targets_BT, **options)
+
+    def _token_logits(self, y_BTD: Tensor) -> Tensor:
+        """The head over what stands for a token, (B, T, V), in its own dtype."""
+        logits_BTV = self.head(y_BTD)
+        # A view that cuts nothing would have its gradient copied.
+        return logits_BTV if logits_BTV.size(-1) == self.vocab_size else logits_BTV[..., : self.vocab_size]
 
     def logits(self, y_BTD: Tensor) -> Tensor:
         """Head and soft-cap over the output of `hidden`: (B, T, V) in fp32."""
-        logits_BTV = self.head(y_BTD)[..., : self.vocab_size].float()
+        logits_BTV = self._token_logits(y_BTD).float()
         softcap = self.cfg.logit_softcap
         return softcap * fk.tanh(logits_BTV / softcap) if softcap else logits_BTV
 

@@ -32,7 +32,10 @@ def compile_note(seconds: float) -> str:
     """What the first update of a compiled run cost."""
     from torch._dynamo.utils import counters
 
-    reused, made = (counters["inductor"][f"fxgraph_cache_{outcome}"] for outcome in ("hit", "miss"))
+    # Forward and backward as one, which that cache knows, need not reach the one of single graphs.
+    caches = ("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache")
+    seen = ([counters[where][f"{cache}_{outcome}"] for outcome in ("hit", "miss")] for where, cache in caches)
+    reused, made = next(filter(any, seen), [0, 0])
     graphs = f"{made} graphs made, {reused} from the cache of earlier runs"
     return f"compile: the first update took {seconds:.1f} s, most of it compilation ({graphs})"
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from fastlm.config import Config, ModelConfig, micro_batch_size, recompute_part
 from fastlm.flops import parameters
-from fastlm_kernels.optim._eight_bits import BLOCK
+from fastlm_kernels.optim.states import adam_bytes
 
 KERNELS_PLAN_SHARE = 1 / 8  # of logits and their gradient: the most that our linear cross-entropy works in
 FP32 = 4
@@ -104,7 +104,7 @@ def _head(cfg: Config, vocab_size: int, tokens: int, size: int) -> int:
 def moment_bytes(cfg: Config, total: int) -> int:
     """The optimizer's state: fp32, or Adam's averages in 8 bits (as if small parameters had them too)."""
     optim = cfg.optim
-    adam = 2 * FP32 if optim.state_bits == 32 else 2 * (1 + 1 / BLOCK)
+    adam = adam_bytes(optim.state_bits)
     if optim.name == "muon":
         matrices = _matrices(cfg.model)
         return int(FP32 * matrices + adam * (total - matrices))

@@ -10,33 +10,23 @@ on Intel's (LOG.md). Both sum in fp32; the rounding differs.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm import machine
+
 # Below so many multiplications MKL is faster: oneDNN spends 10 us a call on finding its code.
 LEAST_MULTIPLICATIONS = 2**21
-
-
-def _processor() -> str:
-    """Who made the processor, "AuthenticAMD" for one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
-    return next(named, platform.processor().rpartition(" ")[2])
 
 
 def _is_faster() -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _processor() != "GenuineIntel"
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and machine.processor() != "GenuineIntel"
 
 
 ONEDNN_IS_FASTER = _is_faster()

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastlm import machine
 from fastlm.config import Config, recompute_part
 from fastlm.errors import InputError
 from fastlm.flops import training_flops
@@ -196,9 +197,9 @@ def _micro_batch_size(cfg: Config, device: torch.device, vocab_size: int) -> tup
     batch_size = cfg.train.batch_size
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
+        free = machine.memory()
+    if free is None:
         return batch_size, f"micro-batch: {batch_size} (this machine does not say how much memory it has)"
     for size in range(batch_size, 0, -1):
         if batch_size % size:

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from fastlm import checkpoint
 from fastlm.checkpoint import Scalar
 from fastlm.model import GPT, VOCABULARY, cut_vocabulary, pad_vocabulary
-from fastlm_kernels.optim._eight_bits import LOWS, blocks_of
-from fastlm_kernels.optim._options import fit_states
-
-MASTER = "fastlm/master"  # the optimizers' key
+from fastlm_kernels.optim.states import MASTER, blocks_of, by_block, fit
 
 
 def narrow(model: GPT, optimizer: torch.optim.Optimizer, *, accumulate: bool) -> None:
@@ -60,7 +57,7 @@ def optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str,
         name, _, state = key.partition("/")
         if state == MASTER:
             continue
-        if state in LOWS and isinstance(value, Tensor):  # one number for each block of the rows that are kept
+        if by_block(state) and isinstance(value, Tensor):  # one number for each block of the rows that are kept
             rows = cut_vocabulary(name, parameters[name], model.vocab_size)
             kept[key] = value[: blocks_of(rows.numel())]
             continue
@@ -78,10 +75,10 @@ def restore_optimizer(model: GPT, optimizer: torch.optim.Optimizer, tensors: Map
         padded[key] = value
         if not isinstance(value, Tensor) or name not in parameters:
             continue
-        if state in LOWS and name in VOCABULARY:
+        if by_block(state) and name in VOCABULARY:
             missing = blocks_of(parameters[name].numel()) - value.numel()
             padded[key] = F.pad(value, (0, max(0, missing)))
         else:
             padded[key] = pad_vocabulary(name, value, parameters[name])
     checkpoint.restore_optimizer(optimizer, parameters.items(), padded)
-    fit_states(optimizer)
+    fit(optimizer)

@@ -1,5 +1,6 @@
 """What importing and starting may load, and what must not be there for training to work."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -91,3 +92,12 @@ assert "torch" not in sys.modules
 assert [getattr(fastlm, name).__name__ for name in fastlm.__all__] == fastlm.__all__
 """
     python(code)
+
+
+def test_the_trainer_uses_no_private_name_of_the_kernels():
+    """What it needs of them is public, and written down there."""
+    for path in Path(fastlm.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastlm_kernels"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                assert not any(name.startswith("_") for name in names), f"{path.name}: {names}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm import products
+from fastlm import machine, products
 from fastlm.model import Linear
 
 # (M, K, N): as in training, odd, one row, one column of weights; which of the two is the smaller decides who is copied.
@@ -105,7 +105,7 @@ def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, fast: bool, rows: i
     [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
 )
 def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch, maker: str, width: str, faster: bool):
-    monkeypatch.setattr(products, "_processor", lambda: maker)
+    monkeypatch.setattr(machine, "processor", lambda: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
     assert products._is_faster() == faster
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

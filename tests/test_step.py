@@ -1,11 +1,14 @@
 """The training step's forms: captured, with masters, padded, compiled; what none of them may do."""
 
+import contextlib
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import sys
 import types
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ import fastlm_kernels as fk
 from fastlm import resolve, step_profile
 from fastlm import train as train_module
 from fastlm.capture import CapturedStep, CaptureFailed
-from fastlm.compiled import check_compiled, compile_block
+from fastlm.compiled import check_compiled, compile_block, compile_note
 from fastlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from fastlm.data import Batch
 from fastlm.errors import GuardStop, InputError
@@ -33,7 +36,7 @@ from fastlm.model import GPT, Block, flash_attention, hash32
 from fastlm.optim import build_optimizer, set_lr
 from fastlm.resolve import resolve_model
 from fastlm.train import accumulate, train_step
-from fastlm.upload import uploaded
+from fastlm.upload import AHEAD, uploaded
 from fastlm.weights import MASTER, model_tensors, narrow, optimizer_tensors, restore_optimizer
 
 SEEDS = hash32(torch.arange(8))
@@ -117,6 +120,25 @@ class TestCapture:
         assert int(optimizer.skipped_steps) == 0  # type: ignore[attr-defined]
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
         assert torch.equal(torch.get_rng_state(), generator)
+
+    def test_the_host_is_a_few_updates_ahead_at_most(self, monkeypatch: pytest.MonkeyPatch):
+        """Streams that keep order: of the updates handed out, all but the last few must be over."""
+        ends: list[int] = []  # of the updates queued, in order; those waited for are over
+
+        def event(number: int) -> Any:
+            return types.SimpleNamespace(synchronize=lambda: ends.append(number))
+
+        number = itertools.count()
+        side = types.SimpleNamespace(record_event=lambda: None)
+        current = types.SimpleNamespace(wait_event=lambda _: None, record_event=lambda: event(next(number)))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+        here = types.SimpleNamespace(to=lambda *_, **__: here, record_stream=lambda _: None, device="cuda")
+        given = [Batch(here, here, n) for n in range(12)]  # type: ignore[arg-type]
+        for n, batch in enumerate(uploaded(given, torch.device("cuda"))):
+            assert batch.first_sample == n
+            assert ends == list(range(max(0, n - AHEAD)))
 
     def test_a_run_of_replays_resumes_bit_for_bit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """A whole run with a recorder of this file's, stopped and continued; one that cannot record trains as well."""
@@ -325,6 +347,24 @@ class TestInvariants:
             monkeypatch.setattr(torch.Tensor, method, read)
         set_lr(optimizer, 0.5)
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"inductor": {"fxgraph_cache_miss": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "2 graphs made, 0 from"),
+        ({"inductor": {"fxgraph_cache_hit": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "0 graphs made, 2 from"),
+        ({"aot_autograd": {"autograd_cache_hit": 1}}, "0 graphs made, 1 from"),
+        ({}, "0 graphs made, 0 from"),
+    ],
+)
+def test_what_was_compiled_is_told_from_what_was_kept(
+    counts: dict[str, dict[str, int]], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    from torch._dynamo import utils
+
+    monkeypatch.setattr(utils, "counters", defaultdict(Counter, {name: Counter(of) for name, of in counts.items()}))
+    assert said in compile_note(1.0)
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks non-leaf tensors, and hides it elsewhere
     @pytest.mark.parametrize("recompute", ["none", "mlp"])

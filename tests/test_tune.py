@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastlm_kernels import aot, configs, tune
 from fastlm_kernels.configs import RowConfig
@@ -247,3 +248,12 @@ def test_command_shows_what_an_architecture_uses() -> None:
     assert run.returncode == 0
     assert "NORM_FORWARD\n    RowConfig(block_m=16, block_n=64, num_warps=2, num_stages=1)\n" in run.stdout
     assert "CROSS_ENTROPY_LONG (generic)\n" in run.stdout
+
+
+def test_timing_waits_for_what_made_its_inputs(monkeypatch: pytest.MonkeyPatch):
+    """Triton times on a stream of its own, which waits for none."""
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr("triton.testing.do_bench_cudagraph", lambda run, return_mode: log.append(run()) or 1.0)
+    assert tune._median_milliseconds(lambda: "run") == 1.0
+    assert log == ["wait", "run"]

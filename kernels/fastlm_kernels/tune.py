@@ -198,6 +198,7 @@ def milliseconds(subject: Subject, case: Case) -> float:
     if subject.timed in ("backward", "both"):
         leaves = list(leaves_of(arguments).values())
         upstream = upstream_gradients(kernel.fused, arguments, generator)
+        torch.cuda.synchronize()  # the new stream waits for nobody
         # Captured on the stream of the forward: autograd replays a node on the stream that recorded it.
         with torch.cuda.stream(torch.cuda.Stream()):
             outputs = outputs_of(kernel.fused, arguments)
@@ -208,6 +209,7 @@ def milliseconds(subject: Subject, case: Case) -> float:
 def _median_milliseconds(run: Callable[[], object]) -> float:
     from triton.testing import do_bench_cudagraph
 
+    torch.cuda.synchronize()  # it runs on a stream of its own, which does not wait for what made the inputs
     taken = do_bench_cudagraph(run, return_mode="median")
     assert isinstance(taken, float)
     return taken

@@ -350,6 +350,30 @@ class TestInvariants:
 
 
 @pytest.mark.parametrize(
+    ("family", "seconds", "asked", "compiled"),
+    [
+        ("modern", 600, "auto", True),
+        ("modern", 500, "auto", False),
+        ("gpt2", 6000, "auto", False),
+        ("gpt2", 10, True, True),
+    ],
+)
+def test_a_cpu_compiles_where_it_pays(
+    family: str, seconds: float, asked: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("shutil.which", lambda name: f"/{name}")
+    cfg = Config(model=ModelConfig(family))  # type: ignore[arg-type]
+    cfg.train.max_seconds, cfg.train.compile = seconds, asked
+    assert resolve._compile(cfg, torch.device("cpu"), 0.0)[0] is compiled
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    if asked is True:
+        with pytest.raises(InputError, match="no C"):
+            resolve._compile(cfg, torch.device("cpu"), 0.0)
+    else:
+        assert resolve._compile(cfg, torch.device("cpu"), 0.0) == (False, "compile: off (no C++ compiler found)")
+
+
+@pytest.mark.parametrize(
     ("counts", "said"),
     [
         ({"inductor": {"fxgraph_cache_miss": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "2 graphs made, 0 from"),

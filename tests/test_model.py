@@ -22,13 +22,13 @@ FAMILIES = {
 }
 
 
-def build(name: str = "modern", *, vocab_size: int = 61, noise: float = 0.3, **options: object) -> GPT:
-    """A small model whose every parameter is random: none zero, none one."""
+def build(name: str = "modern", *, vocab_size: int = 61, noise: float = 0.3, rows: int = 1, **options: object) -> GPT:
+    """A small model whose every parameter is random: none zero, none one. `rows`: the head has a multiple of them."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "max_seq_len": 24} | FAMILIES[name] | options
     recompute: Any = shape.pop("recompute", "none")
     cfg = Config(model=ModelConfig(**shape))  # type: ignore[arg-type]
     resolve_model(cfg)
-    model = GPT(cfg.model, vocab_size, recompute=recompute)
+    model = GPT(cfg.model, vocab_size, recompute=recompute, vocab_multiple=rows)
     generator = torch.Generator().manual_seed(7)
     model.init_weights(generator)
     with torch.no_grad():
@@ -60,13 +60,19 @@ def test_every_parameter_gets_a_gradient(name: str):
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_the_cross_entropy_of_the_logits(name: str):
-    model, tokens = build(name), some_tokens()
+def test_the_loss_is_the_cross_entropy_of_the_logits(name: str, kernels: str, rows: int):
+    model, tokens = build(name, kernels=kernels, rows=rows), some_tokens()
+    with torch.no_grad():
+        model.head.weight[61:] = 0.0
     targets = tokens.roll(-1, 1)
     targets[0, 3:9] = -100
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(model(tokens, targets), expected)
+    by_number = model(tokens, targets, num_items=7)
+    torch.testing.assert_close(by_number, expected * int((targets >= 0).sum()) / 7)
     each = model(tokens, targets, reduction="none")
     assert each.shape == tokens.shape
     torch.testing.assert_close(each.sum() / (targets >= 0).sum(), expected)

@@ -28,7 +28,7 @@ import fastlm_kernels as fk
 from fastlm.config import ModelConfig, Recompute, recompute_part
 from fastlm.products import linear
 from fastlm_kernels.attention import scaled_dot_product_attention_reference as sdpa
-from fastlm_kernels.attention._dropout import hash32
+from fastlm_kernels.attention.dropout import hash32
 
 NORM_EPS = 1e-5  # GPT-2's, and small beside the mean square of any trained activation
 ROPE_BASE = 10_000.0

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastlm_kernels as fk
 from fastlm_kernels import _runtime, attention, configs
 from fastlm_kernels.attention import _operators
-from fastlm_kernels.attention._dropout import kept_weights
+from fastlm_kernels.attention.dropout import kept_weights
 from fastlm_kernels.check import compare, upstream_gradients
 from fastlm_kernels.registry import KERNELS, case_name
 

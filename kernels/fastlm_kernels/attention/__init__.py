@@ -54,7 +54,6 @@ from torch import Tensor
 from .. import _runtime
 from .._arguments import check_softcap
 from .._runtime import with_kernel
-from ._dropout import check_dropout_seed
 from ._launch import Options
 from ._operators import attention_backward, attention_forward
 from ._reference import (
@@ -66,6 +65,7 @@ from ._reference import (
     varlen_attn_reference,
     window_of,
 )
+from .dropout import check_dropout_seed
 
 __all__ = [
     "attention_backward",

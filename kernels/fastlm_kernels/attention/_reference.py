@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import check_softcap, soft_cap
-from ._dropout import check_dropout_seed, kept_weights
+from .dropout import check_dropout_seed, kept_weights
 
 UNLIMITED = (-1, -1)
 _ALIGNMENTS = ("top_left", "bottom_right")

@@ -1,4 +1,7 @@
-"""Which attention weights a seed drops, in PyTorch's operators: the mask of the kernels' `kept_by`, bit for bit."""
+"""Which attention weights a seed drops, in PyTorch's operators: the mask of the kernels' `kept_by`, bit for bit.
+
+Public: a model that drops elsewhere too takes `hash32`, so that all its masks come from one family of seeds.
+"""
 
 from __future__ import annotations
 

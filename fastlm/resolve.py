@@ -118,13 +118,15 @@ def _attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sd
 
 
 def _open_attention(cfg: Config, device: torch.device) -> tuple[Literal["triton", "sdpa", "flash"], str]:
-    """What `auto` means: the fastest measured, if this run can use it; with dropout our kernel if there is one."""
+    """What `auto` means: the fastest measured, if this run can use it; else ours, whose runs repeat bit for bit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     fastest = FASTEST_ATTENTION.get(name)
-    if cfg.model.dropout > 0 and _attention_obstacle("triton", cfg, device) is None:
+    ours = _attention_obstacle("triton", cfg, device) is None
+    if ours and cfg.model.dropout > 0:
         return "triton", "which seeds dropout by sample and holds no weights"
     if fastest is None:
-        return "sdpa", f"none measured on this {name} yet"
+        unknown = f"none measured on this {name} yet"
+        return ("triton", f"whose gradients repeat bit for bit ({unknown})") if ours else ("sdpa", unknown)
     if obstacle := _attention_obstacle(fastest.attention, cfg, device):
         return "sdpa", f"the fastest measured on {name} is {fastest.attention}, but {obstacle}"
     return fastest.attention, f"the fastest measured on {name}, {fastest.record}"

@@ -488,6 +488,12 @@ class TestResolved:
         assert cfg.model.attention == "triton"
         assert any("the fastest measured on cpu, bench/results/x" in note for note in notes)
 
+    def test_where_none_is_measured_ours_keeps_runs_repeatable(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(resolve, "_kernels", lambda cfg, device: ("triton", "kernels: ours"))
+        cfg, notes = self.resolve()
+        assert cfg.model.attention == "triton"
+        assert any("repeat bit for bit (none measured on this cpu yet)" in note for note in notes)
+
     def test_dropout_takes_what_seeds_it_by_sample(self, monkeypatch: pytest.MonkeyPatch):
         """Our kernel before what was measured faster without it; PyTorch's operators one by one; never flash-attn."""
         told = "PyTorch's operators one by one, every weight held"

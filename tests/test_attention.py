@@ -461,6 +461,8 @@ COMBINATIONS: tuple[dict[str, Any], ...] = (
     {"rows": 1, "keys": 1, "causal": False},
     {"rows": 70, "keys": 1, "causal": False},
     {"rows": 65, "keys": 64, "causal": False, "columns": 96},
+    {"rows": 20, "keys": 33, "causal": True, "columns": 80},
+    {"rows": 20, "keys": 33, "causal": False, "columns": 192},
 )
 
 
@@ -490,6 +492,19 @@ def test_log_sum_exp_and_its_gradient(dtype: torch.dtype, kernel_device: str) ->
     )
     for grad, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(grad, expected, rtol=2e-2, atol=2 * torch.finfo(dtype).eps)
+
+
+@kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys(rows: int, keys: int, kernel_device: str) -> None:
+    q, k, v = (t.float().to(kernel_device).requires_grad_() for t in _qkv(L=rows, S=keys, D=16, E=16))
+    assert fk.explain(fk.scaled_dot_product_attention, q, k, v).path == "triton"
+    out, lse = fk.scaled_dot_product_attention(q, k, v, return_lse=True)
+    assert torch.equal(out, torch.zeros(2, 2, rows, 16, device=kernel_device))
+    assert torch.equal(lse, torch.full((2, 2, rows), -math.inf, device=kernel_device))
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
 @kernels

@@ -5,6 +5,7 @@ import torch
 from test_model import FAMILIES, build
 
 from fastlm.generate import draw, generate
+from fastlm_kernels import _runtime, configs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -26,6 +27,26 @@ def test_with_cache_equals_without(name: str):
         ]
         assert runs[0] == runs[1]
         assert [len(ids) for ids in runs[0]] == [40, 40]
+
+
+@pytest.mark.needs_kernels
+def test_our_attention_generates_the_same_tokens(kernel_device: str, monkeypatch: pytest.MonkeyPatch):
+    """A long prompt, then one query a token against a cache that is read in parts."""
+    launched: list[str] = []
+    launch = _runtime.launch
+    monkeypatch.setattr(
+        _runtime,
+        "launch",
+        lambda kernel, *rest, **more: (launched.append(kernel.__name__), launch(kernel, *rest, **more)),
+    )
+    monkeypatch.setattr(configs, "ATTENTION_DECODE_PROGRAMS", 8)
+    prompt = [1 + i % 60 for i in range(300)]
+    ids = {}
+    for attention in "sdpa", "triton":
+        model = build(n_layer=1, n_kv_head=2, max_seq_len=310, kernels="torch", attention=attention).to(kernel_device)
+        ids[attention] = generate(model, prompt, max_new_tokens=6, temperature=0.8, seed=3)
+        assert ("attention_combine_kernel" in launched) == (attention == "triton")
+    assert ids["triton"] == ids["sdpa"]
 
 
 def test_greedy_takes_the_models_best_token():

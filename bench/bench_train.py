@@ -12,7 +12,7 @@ turn. On a CPU the preset `nanogpt-cpu` in eager fp32; what has to be timed on a
     mfu, mfu_causal    of the device's dense bf16 peak, 6 N + 12 L D T and 6 N + 6 L D T FLOPs a token
     peak_bytes         device memory for model, optimizer and update; None on a CPU
     first_step_seconds, compile_seconds, compiled, device; of ours cuda_graphs, attention, kernels and `decisions`
-and for "time_to_loss": tokens and seconds of updates until the validation loss, `reached`, `loss`.
+and for "time_to_loss": tokens and seconds of updates until the validation loss, `reached`, `loss`, `recipe`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def test_time_to_loss(benchmark: Any, provider: str) -> None:
     benchmark.extra_info.update(
         kernel="time_to_loss",
         provider=provider,
+        recipe={recipe.provider: recipe.name for recipe in _COURSE.recipes()}[provider],
         shape=f"L{_COURSE.layers}-D{_COURSE.width}-T{_COURSE.seq_len}-loss{_COURSE.target:g}",
         dtype="bfloat16" if GPU else "float32",
         ratio=rival.seconds / finish.seconds if finish.reached and rival.reached else None,

@@ -4,7 +4,8 @@ A worker (`bench.full_items`) is a process of its own, because a kernel that rea
 its process, and one that hangs ends nothing. It is handed one item at a time on its stdin and answers on its stdout, a
 JSON object a line:
 
-    {"about": {...}, "items": {PART: [{"item", "needs", "limit"}, ...]}}      first, once
+    {"about": {...}, "items": {PART: [{"item", "needs", "limit", "call"}, ...]}}      first, once
+    {"refused": [KEY, VALUE, REMEDY]}      instead, where the input asks for what this machine has not
     {"rows": [...]}      {"note": "..."}      {"done": true}      {"error": "...", "fatal": true or false}
 
 An item that fails is noted and the next one follows; after a fatal error, a crash, or silence beyond the item's limit
@@ -24,35 +25,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
+from bench.plan import FIRST, SIDE_BY_SIDE, TOLERANCE, Item, Stage, kept, reserved, stages
 from bench.record import Record, Row
+from fastlm.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-# Parts in the order of what matters, and about how many seconds of a whole run each may take.
-WEIGHTS = {
-    "check": 100,
-    "attention": 80,
-    "train_124m": 200,
-    "cross_entropy": 40,
-    "norms": 30,
-    "adamw": 15,
-    "train_larger": 30,
-    "hugging_face": 40,
-    "time_to_loss": 25,
-}
 _START_SECONDS = 120  # of a worker's first words: imports, a CUDA context
 _CLOSING_SECONDS = 4  # kept for the end: killing, writing, the table
 _FAREWELL_SECONDS = 5  # for a process to end
+_SPARE_WORKERS = 2  # of those that checked side by side: a start takes long
 _PATIENCE = 3  # workers in a row that say nothing at all, before a part makes do with those it has
-
-
-class Item(NamedTuple):
-    """A piece of work: worth starting with `needs` seconds left, killed after `limit` (None: at its part's end)."""
-
-    name: str
-    needs: float
-    limit: float | None
 
 
 @dataclass
@@ -62,6 +46,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     until: float
     item: str | None = None
+    limited: bool = False  # whether `until` is the item's own limit, or others wait for the time
     ready: bool = False
     buffer: bytes = b""
     answered: bool = field(default=False)
@@ -100,7 +85,7 @@ class Worker:
 
 
 class Conductor:
-    """One call: parts in order, each within its share of what is left of `seconds`."""
+    """One call: the stages of `plan` that are missing, in order, as far as `seconds` last."""
 
     def __init__(
         self,
@@ -119,21 +104,22 @@ class Conductor:
         self.workers: list[Worker] = []
         self.log = (record.out / "full_run.log").open("ab")
         self.mute = 0  # workers in a row that ended before their first words
-        self.deadline = self.end  # of the part being run
+        self.deadline = self.end  # of the stage being run
 
     def run(self) -> None:
-        """All parts, as far as time lasts. Whatever ends this early, every worker is ended."""
+        """All stages, as far as time lasts. Whatever ends this early, every worker is ended."""
         try:
             self._open(1)
             if not self._until_ready():
                 return
-            for at, part in enumerate(self.parts):
+            due = self._due()
+            for at, stage in enumerate(due):
                 left = self.end - time.monotonic()
-                later = sum(WEIGHTS[p] for p in self.parts[at:] if self._missing(p))
-                if left <= 0 or not self._missing(part):
-                    continue
-                self.deadline = time.monotonic() + left * WEIGHTS[part] / later
-                self._part(part)
+                if left <= 0:
+                    break
+                starts = not self.workers
+                self.deadline = self.end - kept(stage, due[at + 1 :], left, self.most_workers, starts=starts)
+                self._stage(stage)
         finally:
             for worker in self.workers:
                 worker.kill()
@@ -142,6 +128,11 @@ class Conductor:
     def missing(self) -> list[str]:
         """What this call was to do and has not done; the parts' names where no worker could tell the items."""
         return [item for part in self.parts for item in self._missing(part)] if self.plan else list(self.parts)
+
+    def _due(self) -> list[Stage]:
+        missing = {name for part in self.parts for name in self._missing(part)}
+        plan = {part: [item for item in items if item.name in missing] for part, items in self.plan.items()}
+        return stages(plan, self.parts, self.record.late)
 
     def _missing(self, part: str) -> list[str]:
         return self.record.missing(item.name for item in self.plan.get(part, []))
@@ -154,47 +145,56 @@ class Conductor:
             self.say(f"no worker has started; see {self.record.out / 'full_run.log'}")
         return bool(self.plan)
 
-    def _part(self, part: str) -> None:
-        """Hand out a part's missing items until they or its time are up."""
-        items = {item.name: item for item in self.plan[part]}
-        queue = self._missing(part)
-        self.say(f"{part}: {len(queue)} of {len(items)} items, {self.deadline - time.monotonic():.0f} s")
+    def _stage(self, stage: Stage) -> None:
+        """Hand out a stage's items until they or its time are up."""
+        queue = list(stage.items)
+        self.say(f"{stage.part}: {len(queue)} items, {self.deadline - time.monotonic():.0f} s")
         self.mute = 0
-        wanted = min(self.most_workers, len(queue)) if part == "check" else 1
+        alone = stage.part not in SIDE_BY_SIDE
+        wanted = 1 if alone else min(self.most_workers, len(queue))
         self._open(wanted - len(self.workers))
+        keeps = alone and stage.call == FIRST
         while time.monotonic() < self.deadline and (self.mute < _PATIENCE or any(w.ready for w in self.workers)):
-            for worker in self.workers:
-                if worker.ready and worker.item is None:
-                    self._hand_out(worker, queue, items)
+            at_work = sum(worker.item is not None for worker in self.workers)
+            for worker in [w for w in self.workers if w.ready and w.item is None][: wanted - at_work]:
+                if queue:
+                    self._hand_out(worker, queue, keeps=keeps)
             if not queue and all(worker.item is None for worker in self.workers if worker.ready):
                 break
             self._listen(until=self.deadline)
             self._open(wanted - len(self.workers) if queue and self.mute < _PATIENCE else 0)
-        self._close_part()
+        self._close_stage()
 
-    def _hand_out(self, worker: Worker, queue: list[str], items: dict[str, Item]) -> None:
-        """Give the first item for which there is time."""
+    def _hand_out(self, worker: Worker, queue: list[Item], *, keeps: bool) -> None:
+        """Give the first item for which there is time; `keeps`: so that those behind it have theirs."""
         now = time.monotonic()
-        for name in queue:
-            if items[name].needs <= self.deadline - now:
-                queue.remove(name)
-                limit = items[name].limit
-                worker.until = self.deadline if limit is None else min(self.deadline, now + limit)
-                worker.item = name
-                self.record.begin(name)
-                worker.send(name, self.deadline - now)
+        for item in queue:
+            if item.needs <= self.deadline - now:
+                queue.remove(item)
+                later = reserved((o.needs for o in queue), self.deadline - now - item.needs) if keeps else 0.0
+                limit = float("inf") if item.limit is None else now + item.limit
+                worker.until = min(max(now + TOLERANCE * item.needs, self.deadline - later), limit, self.end)
+                self.deadline = max(self.deadline, worker.until)
+                worker.limited = worker.until == limit
+                worker.item = item.name
+                self.record.begin(item.name)
+                worker.send(item.name, worker.until - now)
                 return
         queue.clear()  # for none of them
 
-    def _close_part(self) -> None:
-        """Keep one worker that is idle; end the others, those at work too: their time is up."""
+    def _close_stage(self) -> None:
+        """Keep a worker that is idle, and some for when it is lost; end the others, whose time is up."""
         idle = [worker for worker in self.workers if worker.ready and worker.item is None]
-        for worker in self.workers:
-            if worker not in idle[:1]:
-                if worker.item is not None:
-                    self.say(f"  {worker.item}: stopped, its part's time is up")
-                worker.kill()
-        self.workers = idle[:1]
+        for worker in list(self.workers):
+            if worker not in idle[: 1 + _SPARE_WORKERS]:
+                self._stop(worker)
+
+    def _stop(self, worker: Worker) -> None:
+        """End a worker whose time is up; what it is at is no failure, and keeps its place once."""
+        if worker.item is not None:
+            self.say(f"  {worker.item}: stopped, its time is up")
+        worker.kill()
+        self.workers.remove(worker)
 
     def _open(self, count: int) -> None:
         path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -220,8 +220,12 @@ class Conductor:
                 self._hear(key.data)
         now = time.monotonic()
         for worker in list(self.workers):
-            if now >= worker.until and now < self.deadline and (worker.item is not None or not worker.ready):
+            if now < worker.until or now >= self.deadline or (worker.item is None and worker.ready):
+                continue
+            if worker.item is None or worker.limited:
                 self._lose(worker, f"no answer within {self._limit(worker.item):.0f} s")
+            else:
+                self._stop(worker)
 
     def _limit(self, item: str | None) -> float:
         limits = (found.limit for items in self.plan.values() for found in items if found.name == item)
@@ -238,12 +242,17 @@ class Conductor:
                 self._take(worker, message)
 
     def _take(self, worker: Worker, message: dict[str, Any]) -> None:
+        if "refused" in message:
+            raise InputError(*message["refused"])
         if "about" in message:
             self.mute, worker.ready = 0, True
             if not self.plan:
                 self.record.introduce(message["about"])
                 listed = message["items"].items()
-                self.plan = {part: [Item(i["item"], i["needs"], i["limit"]) for i in found] for part, found in listed}
+                self.plan = {
+                    part: [Item(i["item"], i["needs"], i["limit"], i.get("call", FIRST)) for i in found]
+                    for part, found in listed
+                }
             return
         if "note" in message:
             self.say(f"  {message['note']}")

@@ -18,7 +18,7 @@ import torch
 
 from bench import device, hf_items, kernel_items, training_items
 from bench.kernel_items import Task
-from fastlm.errors import InputError
+from fastlm.errors import EXIT_BAD_INPUT
 
 _GRACE_SECONDS = 30  # beyond an item's time, should nobody be left to end this process
 _FATAL = ("CUDA error", "Triton Error [CUDA]", "device-side assert", "CUDNN_STATUS_INTERNAL", "CUBLAS_STATUS_INTERNAL")
@@ -35,14 +35,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not device.GPU:
-        raise InputError("--device", "cuda", "PyTorch sees no usable GPU here; use auto or cpu")
     # Whatever libraries print must not fall among the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    if arguments.device == "cuda" and not device.GPU:
+        _say(answers, {"refused": ["--device", "cuda", "PyTorch sees no GPU here that it can use; give auto or cpu"]})
+        return EXIT_BAD_INPUT
     parts = tasks()
     listed = {
-        part: [{"item": task.name, "needs": task.needs, "limit": task.limit} for task in found]
+        part: [{"item": task.name, "needs": task.needs, "limit": task.limit, "call": task.call} for task in found]
         for part, found in parts.items()
     }
     named = {"commit": arguments.commit} if arguments.commit else {}

@@ -1,9 +1,16 @@
 """Everything that one GPU has to prove, in one call of under 9 minutes.   python -m bench.full_run --out DIR
 
-Most important first: every kernel right on this device; attention beside each SDPA backend forced alone; training at
-124M beside a plain compiled model; cross-entropy; norms; the optimizer; larger models; Hugging Face models, where
-transformers is installed; the way to a loss. Each figure is in DIR/full_run.json the moment it is known, and the call
-may be stopped or killed at any time: the same call goes on with what is missing. A short table comes last.
+One call leaves a figure for every target: the accuracy rule on every kernel in bf16, once in fp32; attention at T 1024
+and 16384 beside each SDPA backend forced alone; 124M training beside a plain compiled model, with the largest
+micro-batch of each read off one peak; the heads of 124M, norms, AdamW; the MFU of 350M and 1.5B, ours alone; the tokens
+to a loss. Most important first; what is quick leaves its time to the next.
+
+The same call again goes on with what is missing. The second one brings all checks in fp32 and the suite's own tests of
+a GPU, attention at T 4096, Triton's attention beside SDPA in training, the baseline at its best micro-batch, and a 7B
+model's head. About five more bring everything: fp16, every length, width and vocabulary, the modern models, the larger
+ones beside the baseline, memory from two peaks, seconds to a loss, and Hugging Face models where transformers is
+installed. Each figure is in DIR/full_run.json the moment it is known, and the call may be stopped or killed at any
+time. A short table comes last.
 
 Needs torch, triton, numpy, pytest and pytest-benchmark; nothing has to be installed, nothing is fetched. Without a GPU
 the same is done on the CPU at small sizes, in about a minute.
@@ -28,7 +35,8 @@ for _folder in (str(ROOT / "kernels"), str(ROOT)):  # also where this file is ru
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
 
-from bench.conductor import WEIGHTS, Conductor  # noqa: E402
+from bench.conductor import Conductor  # noqa: E402
+from bench.plan import PARTS  # noqa: E402
 from bench.record import RESULTS, Record, Row, sources_hash  # noqa: E402
 from fastlm.errors import InputError, run_command  # noqa: E402
 
@@ -48,13 +56,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", help="where full_run.json goes, or goes on (bench/results/DEVICE)")
     parser.add_argument("--seconds", type=float, default=520, help="the whole call's time (520)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"these parts: {', '.join(WEIGHTS)}")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"these parts: {', '.join(PARTS)}")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--commit", help="what to call the sources where git cannot tell")
     arguments = parser.parse_args(argv)
     for part in arguments.only or ():
-        if part not in WEIGHTS:
-            raise InputError("--only", part, f"give some of {', '.join(WEIGHTS)}")
+        if part not in PARTS:
+            raise InputError("--only", part, f"give some of {', '.join(PARTS)}")
     if not _SHORTEST_SECONDS <= arguments.seconds < float("inf"):
         raise InputError("--seconds", arguments.seconds, f"give a number of at least {_SHORTEST_SECONDS}")
     arguments.out = arguments.out or ROOT / "bench" / "results" / _device_folder(arguments.device)
@@ -68,16 +76,25 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    record = Record(Path(arguments.out), sources_hash(ROOT))
-    parts = [part for part in WEIGHTS if part in (arguments.only or WEIGHTS)]
+    out = Path(arguments.out)
+    new = next((path for path in (*reversed(out.parents), out) if not path.exists()), None)
+    record = Record(out, sources_hash(ROOT))
+    parts = [part for part in PARTS if part in (arguments.only or PARTS)]
     command = [*_WORKER, "--device", arguments.device, *(("--commit", arguments.commit) if arguments.commit else ())]
     conductor = Conductor(record, command, seconds=arguments.seconds, parts=parts, workers=_workers(), say=_say)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         conductor.run()
+    except InputError:  # the worker's answer to what was asked for: leave nothing
+        if new is not None:
+            shutil.rmtree(new)
+        raise
+    except BaseException:
+        _say(table(record, conductor.missing()))
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-        _say(table(record, conductor.missing()))
+    _say(table(record, conductor.missing()))
     return 1 if conductor.missing() else 0
 
 

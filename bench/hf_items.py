@@ -22,7 +22,7 @@ _FIGURES = {
 def tasks() -> dict[str, list[Task]]:
     """A task a model; none where transformers is not installed."""
     names = bench_hf.LARGE if installed("transformers") else ()
-    return {"hugging_face": [Task(f"hf.{name}", 15 if GPU else 1, 120, partial(_compared, name)) for name in names]}
+    return {"hugging_face": [Task(f"hf.{name}", 15 if GPU else 1, 120, partial(_compared, name), 3) for name in names]}
 
 
 def _compared(name: str, seconds: float) -> Iterator[Row | str]:

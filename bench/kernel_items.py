@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 from bench import bench_kernels, bench_optim
 from bench.cases import TIMED, Entry
 from bench.device import DEVICE, GPU, rates
+from bench.plan import FIRST
 from bench.providers import providers
 from bench.record import Row
 from bench.timing import Measured
@@ -33,34 +34,38 @@ _UNFUSED_TIME, _UNFUSED_MEMORY = 1.05, 1 / 8  # of the unfused pair: what linear
 _FLASH_SHARE = 0.85  # of FlashAttention-2's unordered backward that the deterministic one must reach
 # Rows, columns and classes of the heads of 124M and of 7B models.
 _HEADS = ((65536, 768, 50304), (8192, 4096, 128256))
-_LENGTHS = (1024, 4096, 16384, 2048, 8192)  # of attention, in the order of what they tell
+_LENGTHS = (1024, 16384, 4096, 2048, 8192)  # of attention, in the order of what they tell
 # What a full run has no time for; the benches under pytest have it.
 _LEFT_OUT = {"attention": ("compile", "sdpa-efficient-deterministic")}
 
 
 class Task(NamedTuple):
-    """A piece of work; `run(seconds)` yields rows and lines of text."""
+    """A piece of work, as `plan.Item` has it; `run(seconds)` yields rows and lines of text."""
 
     name: str
     needs: float
     limit: float | None
     run: Callable[[float], Iterator[Row | str]]
+    call: int = FIRST
 
 
 def tasks() -> dict[str, list[Task]]:
     """The parts that are about kernels."""
     return {
         "check": _check_tasks(),
-        "attention": _timing_tasks("scaled_dot_product_attention", ("forward", "backward"), _plain_attention),
-        "cross_entropy": [
-            *(task for head in (_HEADS if GPU else _HEADS[:1]) for task in _head_tasks(*head)),
-            *_timing_tasks("cross_entropy", ("forward", "forward_backward"), _many_rows),
-        ],
+        "attention": _attention_tasks(),
+        "cross_entropy": _cross_entropy_tasks(),
         "norms": _norm_tasks(),
         "adamw": [
-            Task(f"adamw.{'clipped' if clip else 'step'} {model}", 5 if GPU else 1, 60, partial(_adamw, model, clip))
+            Task(
+                f"adamw.{'clipped' if clip else 'step'} {model}",
+                6 if GPU else 1,
+                60,
+                partial(_adamw, model, clip),
+                FIRST + number,  # the smallest model first
+            )
+            for number, model in enumerate(bench_optim.MODELS)
             for clip in bench_optim.CLIPS
-            for model in bench_optim.MODELS
         ],
     }
 
@@ -73,30 +78,72 @@ def forget() -> None:
 
 
 def _check_tasks() -> list[Task]:
-    """The accuracy rule in every dtype, what training uses first; the suite's own tests of a GPU before fp16."""
-    found: list[Task] = []
-    for dtype in (torch.bfloat16, torch.float32, torch.float16) if GPU else (torch.float32,):
-        if dtype == torch.float16:
-            found += _gpu_test_tasks()
-        for kernel in KERNELS:
-            for case in kernel.small if GPU else kernel.small[1:2]:
-                name = f"check.{kernel.name} {_short(dtype)} {case_name(case)}"
-                found.append(Task(name, 2 if GPU else 0, 90, partial(_checked, kernel, case, dtype)))
-    return found
+    """The accuracy rule: in bf16, as training has it, and once in fp32; then fp32 and a GPU's own tests; then fp16."""
+    if not GPU:
+        return [_check_task(kernel, kernel.small[1], torch.float32, FIRST) for kernel in KERNELS]
+    calls = {torch.bfloat16: FIRST, torch.float32: 2, torch.float16: 3}
+    found = [
+        _check_task(kernel, case, dtype, FIRST if number == 0 and dtype == torch.float32 else call)
+        for dtype, call in calls.items()
+        for kernel in KERNELS
+        for number, case in enumerate(kernel.small)
+    ]
+    return found + list(_gpu_test_tasks())
+
+
+def _check_task(kernel: Kernel, case: Case, dtype: torch.dtype, call: int) -> Task:
+    name = f"check.{kernel.name} {_short(dtype)} {case_name(case)}"
+    return Task(name, 3 if GPU else 0, 90, partial(_checked, kernel, case, dtype), call)
+
+
+def _attention_tasks() -> list[Task]:
+    """The length of training, and the longest; then those between."""
+    calls = {(1024, 64): FIRST, (1024, 128): FIRST, (16384, 128): FIRST, (4096, 64): 2, (4096, 128): 2}
+
+    def call(case: Case) -> int:
+        return calls.get((case["rows"], case["columns"]), 3)
+
+    return _timing_tasks("scaled_dot_product_attention", {"forward": 6, "backward": 9}, _plain_attention, call)
+
+
+def _cross_entropy_tasks() -> list[Task]:
+    """The head of 124M and its logits; then a 7B model's head; then every vocabulary."""
+
+    def call(case: Case) -> int:
+        return FIRST if (case["rows"], case["columns"]) == (8192, 50304) else 3
+
+    heads = _HEADS if GPU else _HEADS[:1]
+    found = [
+        task
+        for number, head in enumerate(heads)
+        for task in _timing_tasks(
+            "linear_cross_entropy",
+            {"forward_backward": 20},
+            partial(_head, sizes=head),
+            lambda _, number=number: FIRST + number,
+        )
+    ]
+    return found + _timing_tasks("cross_entropy", {"forward": 8, "forward_backward": 8}, _many_rows, call)
 
 
 def _norm_tasks() -> list[Task]:
-    """Widths apart first, so that a short run has seen all four norms."""
+    """The two norms at 124M's width; then those with a residual added, and other widths, one after another."""
     widths = (768, 4096, 8192, 1024, 2048) if GPU else (None,)
+    norms = {"layer_norm": FIRST, "rms_norm": FIRST, "add_layer_norm": 3, "add_rms_norm": 3}
 
     def wanted(case: Case, width: int | None) -> bool:
         return case["rows"] == 65536 and case["columns"] == width
 
     return [
         task
-        for width in widths
-        for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
-        for task in _timing_tasks(name, ("forward", "backward"), partial(wanted, width=width))
+        for number, width in enumerate(widths)
+        for name, call in norms.items()
+        for task in _timing_tasks(
+            name,
+            {"forward": 6, "backward": 6},
+            partial(wanted, width=width),
+            lambda _, call=call if number == 0 else 3: call,
+        )
     ]
 
 
@@ -125,7 +172,7 @@ def _checked(kernel: Kernel, case: Case, dtype: torch.dtype, seconds: float) -> 
 def _gpu_test_tasks() -> Iterator[Task]:
     """The test suite's own facts about a GPU, kernel by kernel: graph replay, no waiting in compiled code."""
     for kernel in KERNELS:
-        yield Task(f"check.gpu_tests {kernel.name}", 20, 240, partial(_gpu_tests, kernel))
+        yield Task(f"check.gpu_tests {kernel.name}", 30, 240, partial(_gpu_tests, kernel), 2)
 
 
 def _gpu_tests(kernel: Kernel, seconds: float) -> Iterator[Row | str]:
@@ -154,22 +201,18 @@ def _plain_attention(case: Case) -> bool:
     return case.get("causal") is True and set(case) == {"rows", "columns", "batch", "heads", "kv_heads", "causal"}
 
 
-def _head(case: Case, rows: int, columns: int, classes: int) -> bool:
-    return (case["rows"], case["columns"], case["classes"]) == (rows, columns, classes)
-
-
-def _head_tasks(*sizes: int) -> list[Task]:
-    rows, columns, classes = sizes
-    wanted = partial(_head, rows=rows, columns=columns, classes=classes)
-    return _timing_tasks("linear_cross_entropy", ("forward_backward",), wanted)
+def _head(case: Case, sizes: tuple[int, int, int]) -> bool:
+    return (case["rows"], case["columns"], case["classes"]) == sizes
 
 
 def _many_rows(case: Case) -> bool:
     return case["rows"] >= 8192 and case["columns"] >= 50304
 
 
-def _timing_tasks(name: str, directions: tuple[str, ...], wanted: Callable[[Case], bool]) -> list[Task]:
-    """One task a case and direction: the wanted cases on a GPU, the smallest of the quick ones on a CPU."""
+def _timing_tasks(
+    name: str, directions: Mapping[str, float], wanted: Callable[[Case], bool], call: Callable[[Case], int]
+) -> list[Task]:
+    """One task a case and direction (with the seconds it needs): the wanted cases on a GPU, the smallest on a CPU."""
     index = next(i for i, kernel in enumerate(TIMED) if kernel.name == name)
     kernel = TIMED[index]
     cases = [case for case in kernel.large if wanted(case)] if GPU else kernel.quick[:1]
@@ -181,12 +224,13 @@ def _timing_tasks(name: str, directions: tuple[str, ...], wanted: Callable[[Case
     return [
         Task(
             f"{public}.{direction} {case_name(case)}",
-            5 if GPU else 1,
+            needs if GPU else 1,
             90,
             partial(_timed, public, Entry(index, tuple(case.items())), direction),
+            call(case) if GPU else FIRST,
         )
         for case in cases
-        for direction in directions
+        for direction, needs in directions.items()
     ]
 
 

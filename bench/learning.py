@@ -35,6 +35,11 @@ class Recipe:
     model: ModelConfig
     optim: OptimConfig
 
+    @property
+    def name(self) -> str:
+        """What is compared: "modern with muon"."""
+        return f"{self.model.family} with {self.optim.name}"
+
 
 @dataclass(frozen=True)
 class Race:

@@ -128,12 +128,12 @@ class Record:
         self.add([_failure(item, reason)])
 
     def missing(self, items: Iterable[str]) -> list[str]:
-        """Those not done, in their order, but for what has failed or was begun twice, which comes last."""
+        """Those not done, in their order, but for the late ones, which come last."""
+        return sorted((item for item in items if item not in self.done), key=self.late)
 
-        def late(item: str) -> bool:
-            return item in self.failed or self.attempts.get(item, 0) > 1
-
-        return sorted((item for item in items if item not in self.done), key=late)
+    def late(self, item: str) -> bool:
+        """Whether an item has failed, or was begun twice without an end."""
+        return item in self.failed or self.attempts.get(item, 0) > 1
 
     def write(self) -> None:
         """Replace both files."""

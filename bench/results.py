@@ -28,7 +28,7 @@ _KEPT = (
     *("seconds", "low_seconds", "high_seconds", "rounds", "timed_by", "host_seconds", "bytes", "flops"),
     *("bytes_per_second", "flops_per_second", "bandwidth_share", "matmul_share", "peak_bytes", "launches"),
     *("memory_ratio", "tokens_per_second", "mfu", "mfu_causal", "valid", "first_step_seconds", "compile_seconds"),
-    *("compiled", "cuda_graphs", "attention", "kernels", "tokens", "loss", "reached"),
+    *("compiled", "cuda_graphs", "attention", "kernels", "tokens", "loss", "reached", "recipe"),
 )
 _KEPT_OF_A_BINARY = ("kernel", "registers", "spill_bytes", "shared_bytes")
 

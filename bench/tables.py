@@ -160,7 +160,7 @@ def training_section(results: Results) -> str:
         rows = [
             [
                 f"{info['shape']} {info['dtype']}",
-                info["provider"],
+                ": ".join(info[key] for key in ("provider", "recipe") if key in info),
                 _optional(info.get("tokens"), number),
                 _optional(info["seconds"], duration),
                 _optional(info.get("reached"), lambda reached: "yes" if reached else "no"),
@@ -168,7 +168,10 @@ def training_section(results: Results) -> str:
             ]
             for info in races
         ]
-        parts.append(table(["time to a loss", "provider", "tokens", "seconds", "reached", "ratio"], rows))
+        about = (
+            "Recipes of model and optimizer to the same loss: what one learns from a token counts as much as its speed."
+        )
+        parts += [about, table(["time to a loss", "recipe", "tokens", "seconds", "reached", "ratio"], rows)]
     sources = {id(info["source"]): info["source"] for info in (*updates, *races)}
     parts.append(caption(sources.values()) if sources else NOT_MEASURED)
     return "\n\n".join(parts) + "\n"

@@ -35,6 +35,7 @@ from fastlm.config import Config, ModelConfig, OptimConfig
 from fastlm.data import Batch, Dataset
 from fastlm.flops import flops_per_token, parameters, peak_flops
 from fastlm.log import Progress
+from fastlm.model import GPT
 from fastlm.resolve import resolve, resolve_model
 from fastlm.run import build_model
 from fastlm.train import Trainer
@@ -159,7 +160,7 @@ def same_function(work: Workload) -> float:
     torch.manual_seed(work.cfg.seed)
     with work.device:
         plain = PlainGPT(work.cfg.model, work.vocab_size)
-    ours = build_model(work.cfg, work.vocab_size, work.device)
+    ours = _drawn_in_place(work.cfg, work.vocab_size, work.device)
     ours.load_state_dict(plain.state_dict())
     inputs, targets = (x[:4] for x in work.batch())
     with torch.no_grad():
@@ -190,6 +191,7 @@ def fastlm_update(work: Workload) -> Update:
         mock.patch.object(run, "open_dataset", return_value=data),
         mock.patch.object(run, "open_directory", return_value=io.StringIO()),
         mock.patch.object(checkpoint, "check_free_space"),
+        mock.patch.object(run, "build_model", _drawn_in_place),
     ):
         prepared = run.prepare(cfg, lambda _: None)
     assert prepared is not None
@@ -207,10 +209,21 @@ def fastlm_update(work: Workload) -> Update:
     return Update(step, prepared.model, [prepared.optimizer])
 
 
+def _drawn_in_place(cfg: Config, vocab_size: int, device: torch.device) -> GPT:
+    """`build_model`, the weights drawn where they stay: on a CPU 1.5B of them take half a minute."""
+    draw = GPT.init_weights
+
+    def drawn(model: GPT, generator: torch.Generator) -> GPT:
+        return draw(model, torch.Generator(device).manual_seed(generator.initial_seed()))
+
+    with device, mock.patch.object(GPT, "init_weights", drawn):
+        return build_model(cfg, vocab_size, device)
+
+
 def baseline_update(work: Workload, micro_batch_size: int) -> Update:
     """The plain update, compiled where ours is."""
     torch.manual_seed(work.cfg.seed)
-    with work.device:  # weights are drawn where they stay: on a CPU 1.5B of them take half a minute
+    with work.device:  # as ours, weights are drawn where they stay
         model = PlainGPT(work.cfg.model, work.vocab_size)
     # Static shapes: each micro-batch size is compiled for itself, as a run of its own would.
     forward = torch.compile(model, dynamic=False) if work.cfg.train.compile else model
@@ -228,6 +241,7 @@ class Contender:
     compile_seconds     what the first updates took beyond later ones
     peak_bytes          device memory at most held at once for it, model and optimizer included; None on a CPU
     seconds             of one update, one number a round
+    fixed_bytes         of the peak what does not grow with the micro-batch: model, optimizer, gradients; None on a CPU
     """
 
     provider: str
@@ -239,6 +253,7 @@ class Contender:
     peak_bytes: int | None
     loss: float
     seconds: list[float] = field(default_factory=list)
+    fixed_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -288,7 +303,8 @@ def start(provider: str, build: Callable[[], Update], work: Workload, micro_batc
         torch.cuda.reset_peak_memory_stats(device)
     wait(device)
     begin = time.perf_counter()
-    step = build().step
+    update = build()
+    step = update.step
     wait(device)
     loss, taken, first = 0.0, [], 0.0
     for _ in range(_WARM_UPDATES + 1):
@@ -300,9 +316,15 @@ def start(provider: str, build: Callable[[], Update], work: Workload, micro_batc
     if not math.isfinite(loss):
         raise RuntimeError(f"{provider}, micro-batch {micro_batch_size}: the loss is {loss}; nothing of it was timed")
     peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else None
+    fixed = torch.cuda.memory_allocated(device) - held + _absent_gradients(update.model) if on_gpu else None
     steady = taken[-1]
     compiling = max(0.0, sum(taken[:-1]) - _WARM_UPDATES * steady)
-    return Contender(provider, micro_batch_size, step, first, compiling, steady, peak, loss)
+    return Contender(provider, micro_batch_size, step, first, compiling, steady, peak, loss, fixed_bytes=fixed)
+
+
+def _absent_gradients(model: nn.Module) -> int:
+    """Bytes of gradients that are not there between updates."""
+    return sum(p.nbytes for p in model.parameters() if p.grad is None)
 
 
 def start_ours(work: Workload) -> Contender:
@@ -471,7 +493,10 @@ def _gone(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def bytes_per_sequence(runs: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
-    """(bytes held at any micro-batch, bytes a sequence) by the line through the first and last of (size, peak)."""
+    """(bytes held at any micro-batch, bytes a sequence) by the line through the first and last of (size, peak).
+
+    A size of 0 stands for what is held at any.
+    """
     points = sorted(set(runs))
     if len(points) < 2 or points[0][0] == points[-1][0]:
         return None

@@ -10,6 +10,7 @@ Together they measure in pieces: the same command, again, goes on. `python -m be
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from bench import device
 from bench.bench_kernels import plan
-from bench.record import sources_hash
+from bench.record import sources_hash, whole_lines
 
 
 class Recorder:
@@ -32,16 +33,23 @@ class Recorder:
         self._append({"source": source})
 
     def _known(self) -> set[str]:
-        """The ids measured by this very source, but for the date."""
+        """The ids measured by this very source, but for the date; a line cut short goes."""
         found: set[str] = set()
         same = False
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text().splitlines():
+            written = self.path.read_text()
+            text = whole_lines(written)
+            for line in text.splitlines():
                 record = json.loads(line)
                 if "source" in record:
                     same = all(record["source"].get(key) == self.source[key] for key in self.source if key != "date")
                 elif same:
                     found.add(record["id"])
+            # What is whole stays as it is on the disk, whatever happens now.
+            os.truncate(self.path, min(len(written.encode()), len(text.encode())))
+            if len(text) > len(written):
+                with self.path.open("a") as file:
+                    file.write("\n")
         return found
 
     def add(self, name: str, info: dict[str, Any]) -> None:
@@ -51,9 +59,16 @@ class Recorder:
         self._append({"id": name, **info})
 
     def _append(self, record: dict[str, Any]) -> None:
-        if self.path is not None:
-            with self.path.open("a") as file:
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            whole = file.tell()
+            try:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+            except OSError:  # a full disk: no later line may stand behind half of this one
+                os.truncate(self.path, whole)
+                raise
 
 
 _RECORDER = pytest.StashKey[Recorder]()

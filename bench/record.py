@@ -143,6 +143,16 @@ class Record:
         _replace(self.out / STATE, state)
 
 
+def whole_lines(text: str) -> str:
+    """Lines of JSON without a last one that was cut short, by a kill or a full disk."""
+    end = text.rfind("\n") + 1
+    try:
+        json.loads(text[end:])
+    except json.JSONDecodeError:
+        return text[:end]
+    return text + "\n"  # all but its end was written
+
+
 def _failure(item: str, reason: str) -> Row:
     name, _, shape = item.partition(" ")
     return Row(name, shape, "", f"error: {reason}", None, "", True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.device import is_cpu
+from bench.record import whole_lines
 from fastlm.errors import InputError
 
 KERNELS_FILE, FULL_RUN_FILE = "kernels.json", "full_run.json"
@@ -132,7 +133,7 @@ def _parts(path: Path) -> Iterator[tuple[Source, list[Info], list[Info]]]:
 
 def _of_document(document: Any) -> Iterator[tuple[Source, list[Info], list[Info]]]:
     if "source" in document:  # records of which nothing came but the first line
-        yield from _of_lines(json.dumps(document))
+        yield from _of_lines(json.dumps(document) + "\n")
     elif "benchmarks" in document:
         infos = [b["extra_info"] for b in document["benchmarks"]] + document.get("not_timed", [])
         yield _source(document["machine_info"]), infos, []
@@ -145,7 +146,7 @@ def _of_document(document: Any) -> Iterator[tuple[Source, list[Info], list[Info]
 
 
 def _of_lines(text: str) -> Iterator[tuple[Source, list[Info], list[Info]]]:
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [json.loads(line) for line in whole_lines(text).splitlines()]
     if not lines or "source" not in lines[0]:
         raise KeyError("source")
     starts = [at for at, line in enumerate(lines) if "source" in line]

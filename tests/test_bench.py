@@ -28,6 +28,7 @@ from bench import providers as rivals
 from bench.bench_kernels import plan
 from bench.cases import TIMED, Entry, entries
 from bench.conftest import Recorder
+from bench.results import load
 from bench.timing import DIRECTIONS, Inputs, Measured, copies, device_seconds, measure, repeats, spreads
 from fastlm_kernels import _runtime
 from fastlm_kernels.registry import case_name, random_tensor
@@ -114,6 +115,55 @@ def test_records_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert Recorder(path, source()).known == {"a", "b", "c"}
     assert Recorder(path, source(commit="def")).known == set()
     assert Recorder(None, source()).known == set()
+
+
+@pytest.mark.parametrize("cut", [1, 30, 75], ids="{} bytes".format)
+def test_records_cut_short_go_on_and_are_read(cut: int, tmp_path: Path) -> None:
+    """By a kill in the middle of a line, or in front of its end: the rest is known, and what comes is a line."""
+    path, info = tmp_path / "records.jsonl", {"kernel": "softmax.forward", "provider": "eager", "dtype": "float32"}
+    origin = source(torch="2", triton="3")
+    first = Recorder(path, origin)
+    for name in "ab":
+        first.add(name, info | {"shape": name, "seconds": 1.0, "ratio": 2.0})
+    os.truncate(path, path.stat().st_size - cut)
+    kept = {"a", "b"} if cut == 1 else {"a"}
+    assert {info["shape"] for info in load([path]).timed.values()} == kept
+    again = Recorder(path, origin)
+    assert again.known == kept
+    again.add("c", info | {"shape": "c", "seconds": 1.0, "ratio": 2.0})
+    assert Recorder(path, origin).known == {*kept, "c"}
+    assert {info["shape"] for info in load([path]).timed.values()} == {*kept, "c"}
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next result, once there is room again, stands on a line of its own."""
+    path = tmp_path / "records.jsonl"
+    recorder = Recorder(path, source())
+
+    def full(self: Path, mode: str) -> Any:
+        file = open_file(self, mode)
+
+        def write(text: str) -> None:
+            os.write(file.fileno(), text[:9].encode())
+            raise OSError(28, "No space left on device")
+
+        file.write = write  # type: ignore[method-assign]
+        return file
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space"):
+        recorder.add("a", {"seconds": 1.0})
+    monkeypatch.undo()
+    recorder.add("b", {"seconds": 1.0})
+    assert [json.loads(line).get("id") for line in path.read_text().splitlines()] == [None, "b"]
+
+
+def test_readme_says_how_many_a_gpu_has() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    said = re.search(r"about ([\d,]+) benchmarks", text)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == round(len(plan(gpu=True)), -2)
 
 
 def test_every_kernel_is_timed_on_a_cpu() -> None:

@@ -68,7 +68,8 @@ class CapturedStep:
     """`train.train_step` by replay: a (B, T) batch -> (loss, grad_norm), 0-d, tensors of their own each time.
 
     `accumulate(loss, inputs, targets, num_items, seeds_B)` does one micro-batch: it adds to p.grad and to `loss`.
-    `optimizer` is one that `build_optimizer(captured=True)` made. Records at the first call, or raises CaptureFailed.
+    `optimizer` is one that `build_optimizer(captured=True)` made. Records at the first call, or raises CaptureFailed;
+    a warm-up that runs out of memory raises what PyTorch raises, with nothing changed but gradients.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class CapturedStep:
     def _record(self) -> tuple[Callable[[], object], Callable[[], object]]:
         skipped = self.optimizer.skipped_steps.clone()
         device = self.loss.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self.recorder.warm_up(self._warm_up)
-        self.optimizer.skipped_steps.copy_(skipped)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self.recorder.warm_up(self._warm_up)
+        finally:  # out of memory, for one: what is there must be what was
+            self.optimizer.skipped_steps.copy_(skipped)
         try:
             return self.recorder.record(self._accumulate), self.recorder.record(self.optimizer.step)
         except torch.OutOfMemoryError as error:

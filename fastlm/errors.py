@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_DONE = 0
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_GUARD = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
@@ -31,6 +32,10 @@ class InputError(ValueError):
     def __init__(self, key: str, value: object, remedy: str):
         self.key, self.value, self.remedy = key, value, remedy
         super().__init__(f"{key}: got {show(value)}; {' '.join(remedy.split())}")
+
+
+class MachineError(InputError):
+    """Input that another machine would take, noticed after the run began: prints as InputError does, exit code 1."""
 
 
 class GuardStop(RuntimeError):
@@ -58,7 +63,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or EXIT_DONE
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
-        code = EXIT_BAD_INPUT
+        code = EXIT_FAILED if isinstance(error, MachineError) else EXIT_BAD_INPUT
     except GuardStop as stop:
         sys.stderr.write(f"stopped: {stop}\n")
         code = EXIT_GUARD

@@ -73,6 +73,7 @@ class Prepared:
     state: State
     out: Path
     lock: IO[str]
+    may_shrink: bool = False  # the micro-batch was chosen here, and nothing was trained with it yet
 
 
 def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
@@ -81,6 +82,7 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
     `note` gets one line for each thing worth telling. Raises InputError, with nothing written.
     """
     start = find_start(cfg)
+    may_shrink = start.checkpoint is None and not isinstance(cfg.train.micro_batch_size, int)
     if start.stored is not None:
         cfg = adopt(cfg, start.stored)
         if start.same_run:
@@ -111,7 +113,7 @@ def prepare(cfg: Config, note: Callable[[str], None]) -> Prepared | None:
     lock = open_directory(start, cfg, state)
     for line in [*start.notes, *summary(start.out, cfg, dataset, steps), *decisions]:
         note(line)
-    return Prepared(cfg, dataset, model, optimizer, state, start.out, lock)
+    return Prepared(cfg, dataset, model, optimizer, state, start.out, lock, may_shrink)
 
 
 def find_start(cfg: Config) -> Start:
@@ -299,9 +301,7 @@ def open_directory(start: Start, cfg: Config, state: State) -> IO[str]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(out)
-        temporary = out / ".config.yaml.tmp"
-        temporary.write_text(dump_config(cfg), encoding="utf-8")
-        temporary.replace(out / "config.yaml")
+        write_config(out, cfg)
         for path in start.bad:  # kept for whoever wants to know what happened to them
             path.replace(path.with_name(f"bad-{path.name}-{time.time_ns()}"))
     except OSError as error:
@@ -309,6 +309,13 @@ def open_directory(start: Start, cfg: Config, state: State) -> IO[str]:
     checkpoint.remove_partial(out)
     checkpoint.remove_after(out, state.step)
     return lock
+
+
+def write_config(out: Path, cfg: Config) -> None:
+    """Put the resolved configuration into the run's directory, whole. Raises OSError."""
+    temporary = out / ".config.yaml.tmp"
+    temporary.write_text(dump_config(cfg), encoding="utf-8")
+    temporary.replace(out / "config.yaml")
 
 
 def summary(out: Path, cfg: Config, dataset: Dataset, steps: int | None) -> list[str]:

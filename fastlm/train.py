@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ from fastlm.config import Config, dump_config, parse_config
 from fastlm.data import IGNORE, Batch, BatchLoader, WindowOrder, eval_windows
 from fastlm.errors import GuardStop, run_command
 from fastlm.evaluate import Evaluation, evaluate
+from fastlm.fit import NoRoomToUpdate, forget_attempt, next_smaller, out_of_memory, updating
 from fastlm.flops import flops_per_token, peak_flops
 from fastlm.log import MetricsLog, Progress, draw_loss, warn
 from fastlm.memory import step_memory
 from fastlm.model import hash32
 from fastlm.optim import set_lr
-from fastlm.run import Prepared, prepare, total_steps
+from fastlm.run import Prepared, prepare, total_steps, write_config
 from fastlm.samples import append_sample, draw_sample, drop_samples_after
 from fastlm.schedule import multiplier
 from fastlm.step_profile import StepProfile
@@ -50,6 +51,7 @@ from fastlm.weights import model_tensors, optimizer_tensors
 EVAL_SUBSET_TOKENS = 2**15  # predicted tokens in every evaluation but the last
 SKIPS_BEFORE_STOP = 10  # non-finite updates in a row after which going on could not help
 
+Result = TypeVar("Result")
 Step = Callable[..., tuple[Tensor, Tensor]]  # (batch, seeds_B=) -> (loss, grad_norm)
 
 
@@ -82,7 +84,8 @@ def train_step(
         cut = slice(start, start + micro_batch_size)
         seeds = None if seeds_B is None else seeds_B[cut]
         accumulate(loss_of, loss, batch.inputs[cut], batch.targets[cut], num_items, seeds)
-    optimizer.step()
+    with updating():
+        optimizer.step()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
@@ -108,7 +111,7 @@ class Trainer:
         if run.cfg.train.compile:
             compile_block(run.model)
         assert isinstance(run.cfg.train.micro_batch_size, int), "resolved"
-        self.micro_batch_size = run.cfg.train.micro_batch_size
+        self.micro_batch_size, self.may_shrink = run.cfg.train.micro_batch_size, run.may_shrink
         self.step = self._make_step()
         self.order = WindowOrder(len(self.data.train), self.cfg.data.seq_len, self.cfg.seed)
         self.total_steps = total_steps(self.cfg, self.order.windows_per_epoch)
@@ -127,8 +130,11 @@ class Trainer:
         pin_memory = self.device.type == "cuda"
         loader = BatchLoader(self.data.train, self.order, cfg.train.batch_size, state.samples, pin_memory)
         with self.lock, self.metrics, loader, self.profile, self._signals(), self._kernels():
-            self._begin()
-            return self._loop(loader)
+            try:
+                self._begin()
+                return self._loop(loader)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(self.cfg, error, self._kept()) from None
 
     def _loop(self, loader: BatchLoader) -> int:
         train, first = self.cfg.train, self.state.step
@@ -136,8 +142,8 @@ class Trainer:
         checked = (1 if train.cuda_graphs else CHECKED_UPDATES) if train.check_compile and train.compile else 0
         for batch in uploaded(loader, self.device):
             if self.state.step < first + checked:
-                self._check_compiled(batch)
-            update = self.profile.run(self._update, batch)
+                self._fitting(self._check_compiled, batch)
+            update = self.profile.run(self._fitting, self._update, batch)
             if self.state.step == first + 1:
                 self._note_first(update)
             last, stop = self._is_last(), self.stop_signal  # one look at the signal an iteration
@@ -174,11 +180,46 @@ class Trainer:
             try:
                 return captured(batch, seeds_B)
             except CaptureFailed as failure:
+                if isinstance(failure.__cause__, torch.OutOfMemoryError) and self._smaller():
+                    raise failure.__cause__ from None
                 self.progress.note(f"CUDA graphs: off from here on, recording failed ({failure})")
                 self.step = eager
                 return eager(batch, seeds_B=seeds_B)
 
         return step
+
+    def _fitting(self, work: Callable[[Batch], Result], batch: Batch) -> Result:
+        """work(batch); until the first update is done, again with a smaller micro-batch where memory does not do."""
+        while True:
+            try:
+                result = work(batch)
+            except torch.OutOfMemoryError as error:
+                size, told = self._smaller(), str(error).partition("\n")[0]
+                if size is None or isinstance(error, NoRoomToUpdate):
+                    raise
+            else:
+                self.may_shrink = self.may_shrink and self.state.step == 0
+                return result
+            self._shrink(size, told)  # behind the handler, which holds what the attempt took
+
+    def _smaller(self) -> int | None:
+        """The next smaller micro-batch, where there is one and it may still be taken."""
+        return next_smaller(self.cfg.train.batch_size, self.micro_batch_size) if self.may_shrink else None
+
+    def _shrink(self, size: int, told: str) -> None:
+        """Begin anew with `size` sequences a micro-batch."""
+        self.progress.note(f"micro-batch: {size}, as {self.micro_batch_size} did not fit ({told})")
+        self.cfg.train.micro_batch_size = self.micro_batch_size = size
+        self.step = self._make_step()
+        forget_attempt(self.model.parameters(), compiled=bool(self.cfg.train.compile))
+        try:
+            write_config(self.out, self.cfg)
+        except OSError as error:
+            warn(f"config.yaml cannot be written ({error.strerror}); training goes on")
+
+    def _kept(self) -> str:
+        newest, _ = checkpoint.newest_verified(self.out)
+        return f"--out {self.out} goes on from " + ("the beginning" if newest is None else newest.name)
 
     def _seeds(self) -> Tensor | None:
         """One dropout seed for each sample of the next update; made on the device, so that nobody waits for a copy."""

@@ -9,8 +9,11 @@ bytes, would take at the device's peak; it is shown where both are known.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +39,8 @@ FAMILIES = (
     ("copies", r"memcpy|memset|copy|clone|\bcat\b|contiguous|fill|zero"),
 )
 OTHER = "other"
+NAMED_OTHERS = 3  # of what has no family, the largest by name
+TRACERS_OWN = b"USDT:"  # how lines begin that PyTorch's tracer writes to stderr for itself
 
 Result = TypeVar("Result")
 
@@ -80,7 +85,8 @@ class StepProfile:
             torch.cuda.synchronize(self.device)  # earlier updates are no part of it
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
         self.profiler = profile(activities=activities, acc_events=True)  # one cycle; torch 2.11 warns otherwise
-        self.profiler.__enter__()
+        with _without_tracers_lines():
+            self.profiler.__enter__()
 
     def close(self) -> None:
         """Stop, write both files and note the table; nothing where no trace is open."""
@@ -89,9 +95,11 @@ class StepProfile:
         profiler, self.profiler = self.profiler, None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        profiler.__exit__(None, None, None)
+        with _without_tracers_lines():
+            profiler.__exit__(None, None, None)
         updates = self.calls - SKIPPED
-        table = render(milliseconds(profiler.key_averages(), updates, self.device), floors(self.cfg, self.vocab_size))
+        names = milliseconds(profiler.key_averages(), updates, self.device)
+        table = render(names, floors(self.cfg, self.vocab_size))
         try:
             self.out.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(self.out / "trace.json"))
@@ -101,8 +109,29 @@ class StepProfile:
         self.note(f"profile of {updates} updates, trace in {self.out}\n{table.rstrip()}")
 
 
+@contextlib.contextmanager
+def _without_tracers_lines() -> Iterator[None]:
+    """Hold back stderr of the whole process for a moment, and then let it go without the tracer's own lines."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed by whoever started us
+        yield
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            for line in file:
+                if not line.startswith(TRACERS_OWN):
+                    os.write(2, line)
+
+
 def milliseconds(averages: Iterable[Any], updates: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds an update by family, from the profiler's `key_averages`."""
+    """Milliseconds an update of each kernel or operator by its name, from the profiler's `key_averages`."""
     times: dict[str, float] = {}
     for event in averages:
         if device.type == "cuda":  # operators carry their kernels' time too: count kernels alone
@@ -111,7 +140,7 @@ def milliseconds(averages: Iterable[Any], updates: int, device: torch.device) ->
         else:
             own = event.self_cpu_time_total
         if own:
-            times[family(event.key)] = times.get(family(event.key), 0.0) + own / 1e3 / updates
+            times[event.key] = times.get(event.key, 0.0) + own / 1e3 / updates
     return times
 
 
@@ -157,12 +186,18 @@ def _optimizer_bytes(cfg: Config, total: int, size: int) -> int:
     return total * plain + 2 * moment_bytes(cfg, total)
 
 
-def render(times: dict[str, float], least: dict[str, float]) -> str:
-    """The table as text, the largest share first."""
+def render(names: dict[str, float], least: dict[str, float]) -> str:
+    """The table as text, the largest share first; `names` is `milliseconds`, what has no family is named in part."""
+    times: dict[str, float] = {}
+    for name, spent in names.items():
+        times[family(name)] = times.get(family(name), 0.0) + spent
+    others = sorted((name for name in names if family(name) == OTHER), key=lambda name: -names[name])
     total = sum(times.values()) or 1.0
     lines = [f"{'family':<16} {'ms/update':>10} {'share':>6} {'floor ms':>9} {'of floor':>8}"]
     for name, spent in sorted(times.items(), key=lambda item: -item[1]):
         floor = least.get(name)
         reach = ("-", "-") if floor is None else (f"{floor:.3f}", f"{floor / spent:.0%}")
         lines.append(f"{name:<16} {spent:>10.3f} {spent / total:>6.1%} {reach[0]:>9} {reach[1]:>8}")
+        parts = others[:NAMED_OTHERS] if name == OTHER else ()
+        lines += [f"{'  of it':<16} {names[part]:>10.3f} {names[part] / total:>6.1%}  {part[:70]}" for part in parts]
     return "\n".join([*lines, f"{'sum':<16} {total:>10.3f}"]) + "\n"

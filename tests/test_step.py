@@ -550,13 +550,18 @@ class TestResolved:
 
 
 class TestProfile:
-    def test_a_trace_and_a_table_of_families(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def test_a_trace_and_a_table_of_families(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
         out = tmp_path / "run"
         train(write_corpus(tmp_path / "corpus.txt"), out, "--train.profile", "true", steps=6)
         trace = json.loads((out / "profile/trace.json").read_text())
         assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
         table = (out / "profile/families.txt").read_text()
-        assert "profile of 3 updates" in capsys.readouterr().out
+        told = capfd.readouterr()
+        assert "profile of 3 updates" in told.out
+        assert "USDT" not in told.err
+        named = [line for line in table.splitlines() if line.startswith("  of it")]
+        assert len(named) == step_profile.NAMED_OTHERS
+        table = "".join(line + "\n" for line in table.splitlines() if line not in named)
         rows = [line.split("  ") for line in table.splitlines()[1:]]
         assert {"matrix products", "attention", "norm", "optimizer"} <= {row[0] for row in rows}
         spent = [float(line[16:].split()[0]) for line in table.splitlines()[1:]]
@@ -614,7 +619,25 @@ class TestProfile:
             )
 
         events = [event("update_kernel", False), event("Optimizer.step#AdamW.step", True)]
-        assert step_profile.milliseconds(events, 3, torch.device("cuda")) == {"optimizer": 1.0}
+        assert step_profile.milliseconds(events, 3, torch.device("cuda")) == {"update_kernel": 1.0}
+
+    def test_what_has_no_family_is_named_in_part(self):
+        """The largest three, under the line of all of them; their shares are of the whole update."""
+        spent = {"strange_a": 1.0, "strange_b": 3.0, "strange_c": 4.0, "strange_d": 2.0, "update_kernel": 20.0}
+        lines = step_profile.render(spent, {}).splitlines()
+        shown = [line.split() for line in lines if line.startswith("  of it")]
+        assert [(row[-1], row[2], row[3]) for row in shown] == [
+            ("strange_c", "4.000", "13.3%"),
+            ("strange_b", "3.000", "10.0%"),
+            ("strange_d", "2.000", "6.7%"),
+        ]
+        assert lines.index(next(line for line in lines if line.startswith("other"))) == 2
+
+    def test_only_the_tracers_own_lines_are_held_back(self, capfd: pytest.CaptureFixture[str]):
+        with step_profile._without_tracers_lines():
+            os.write(2, b"USDT:2026 x.cpp:1] profiler_start\nCUPTI could not start: no privileges\n")
+        os.write(2, b"later\n")
+        assert capfd.readouterr().err == "CUPTI could not start: no privileges\nlater\n"
 
     def test_a_run_too_short_to_profile_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         out = tmp_path / "run"

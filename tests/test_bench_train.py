@@ -179,6 +179,44 @@ def test_a_ratio_that_does_not_count_is_nowhere(monkeypatch: pytest.MonkeyPatch)
     assert (found.facts(found.ours)["ratio"], found.facts(found.ours)["valid"]) == (None, False)
 
 
+def test_on_a_gpu_one_comparison_tells_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each holds at any size, and its peak: the largest micro-batches, and the targets, without another model."""
+    monkeypatch.setattr(training_items, "GPU", True)
+    total = SimpleNamespace(total_memory=100_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    found = compared()
+    for each, fixed, peak in ((found.ours, 200, 1000), (found.baseline, 200, 2600)):
+        each.fixed_bytes, each.peak_bytes = fixed, peak
+    rows = {(row.name, row.provider): row for row in training_items.comparison_rows(found)}
+    largest = rows["train_124m.largest_micro_batch", "fastlm"]
+    assert (largest.value, largest.baseline, largest.target) == (948, 316, 632), "(95,000 - 200) / 100 and / 300"
+    assert rows["train_124m.tokens_per_second", "fastlm"].target == training_items.TARGET_TOKENS_PER_SECOND
+    assert rows["train_124m.cuda_graphs", "fastlm"].target == 1.0
+
+
+def test_ours_alone_gives_the_figures_without_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as it has started, and again by its rounds; a later comparison's rows take their places."""
+    work = replace(tiny(SHAPES["gpt2"]), preset="gpt2-xl")
+    monkeypatch.setattr(training_items, "GPU", True)
+    monkeypatch.setattr(training, "workload", lambda *_, **__: work)
+    monkeypatch.setattr(training, "start_ours", lambda work: contender("fastlm", []))
+    rows = [row for row in training_items._alone("gpt2-xl", 8, 60.0) if not isinstance(row, str)]
+    names = {"tokens_per_second", "mfu", "mfu_causal", "peak_memory", "first_step_seconds", "compiled", "cuda_graphs"}
+    assert {row.name for row in rows} == {f"train_1.5b.{name}" for name in names}
+    assert {row.target for row in rows if row.name == "train_1.5b.mfu"} == {training_items.TARGET_MFU}
+    assert all(row.ratio is None and row.baseline is None for row in rows)
+    assert len(rows) == 2 * len(names)
+    found = replace(compared(), work=work)
+    assert {row.key for row in rows} <= {row.key for row in training_items.comparison_rows(found)}
+
+
+def test_weights_are_drawn_where_they_stay_as_a_run_draws_them() -> None:
+    """On a CPU both are one: same distribution, same order, same seed."""
+    work = tiny(SHAPES["modern"], name="adamw")
+    there, here = training._drawn_in_place(work.cfg, 128, CPU), training.build_model(work.cfg, 128, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(there.parameters(), here.parameters(), strict=True))
+
+
 def test_the_baselines_micro_batch_is_searched_while_memory_and_time_last(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 

@@ -292,7 +292,7 @@ took turns. Shapes are small and stay in the caches, so that shares may pass 100
 
 
 def headline(results: Results, kernel: str) -> str:
-    """A kernel's cell in the README: the median ratio of all its shapes, on a GPU the best share of its rates too."""
+    """A kernel's cell in the README: the median ratio of all its shapes and the best share of the GPU's rates."""
     last = "clipped" if kernel == "adamw" else "forward_backward"
     found = [
         info for info in results.of(kernel) if info["provider"] == "fastlm" and info["kernel"].endswith(f".{last}")
@@ -300,36 +300,43 @@ def headline(results: Results, kernel: str) -> str:
     ratios = [info["ratio"] for info in found if info["ratio"]]
     if not ratios:
         return NOT_MEASURED
-    text = f"{statistics.median(ratios):.2f}x ({len(ratios)} shape{'s'[: len(ratios) > 1]})"
-    if not results.on_gpu:
-        return text
     shares = [max(info.get("bandwidth_share", 0.0), info.get("matmul_share", 0.0)) for info in found]
-    return f"{text}, {share(max(shares, default=math.nan))}"
+    shapes = f"{len(ratios)} shape{'s'[: len(ratios) > 1]}"
+    return f"{statistics.median(ratios):.2f}x ({shapes}), {share(max(shares, default=math.nan))}"
 
 
 def readme_block(devices: Sequence[Results]) -> str:
-    """README's tables: a row a kernel, a column a device, one of a GPU always; then full runs on GPUs."""
-    columns: list[tuple[str, Results | None]] = [(results.device, results) for results in devices]
+    """README's tables: kernels, a column a GPU; training on every device; full runs. What nobody measured says so."""
     gpus = [results for results in devices if results.on_gpu]
-    if not gpus:
-        columns.append(("a GPU", None))
-
-    def cells(kernel: str) -> list[str]:
-        return [f"`{kernel}`", *(NOT_MEASURED if r is None else headline(r, kernel) for _, r in columns)]
-
-    kernels = table(["kernel", *(name for name, _ in columns)], map(cells, FAMILIES))
+    runs = [_full_run_summary(results) for results in gpus if results.rows]
+    parts = [_kernels_on(gpus), *_training_on(devices), *runs]
+    if not runs:
+        parts.append(f"Training and the full run (`python -m bench.full_run`) on a GPU: {NOT_MEASURED}.")
     sources = [source for results in devices for source in results.sources]
+    return "\n\n".join([*parts, f"Measured on: {caption(sources) if sources else NOT_MEASURED}."])
+
+
+def _kernels_on(gpus: Sequence[Results]) -> str:
+    if not gpus:
+        return f"Kernels on a GPU: {NOT_MEASURED}. On a CPU they do not run: fastlm takes PyTorch's operators there."
     about = (
         "Forward + backward against PyTorch eager, AdamW with clipping against torch's fused step: the median\n"
-        "ratio over shapes, above 1 is faster; on a GPU also the best share of its measured copy bandwidth or\n"
-        "matmul rate. On a CPU fastlm runs PyTorch's operators: the ratio is what asking costs at small shapes."
+        "ratio over shapes, above 1 is faster, and the best share of the GPU's measured copy bandwidth or matmul rate."
     )
-    parts = [about, kernels, f"Measured on: {caption(sources) if sources else NOT_MEASURED}."]
-    runs = [results for results in gpus if results.rows]
-    parts += [_full_run_summary(results) for results in runs]
-    return "\n\n".join(
-        parts if runs else [*parts, f"Training and the full run (`python -m bench.full_run`) on a GPU: {NOT_MEASURED}."]
-    )
+    rows = ([f"`{kernel}`", *(headline(results, kernel) for results in gpus)] for kernel in FAMILIES)
+    return f"{about}\n\n{table(['kernel', *(results.device for results in gpus)], rows)}"
+
+
+def _training_on(devices: Sequence[Results]) -> Iterable[str]:
+    """A table of our training steps that were measured, if any was."""
+    rows = []
+    for results in devices:
+        for info in results.of("train_step"):
+            if info["provider"] == "fastlm" and info["seconds"] is not None:
+                speed = _optional(info.get("tokens_per_second"), number)
+                rows.append([f"`{info['shape'].partition('-T')[0]}`", results.device, speed, times(info["ratio"])])
+    if rows:
+        yield table(["training", "on", "tokens/s", "against plain PyTorch of the same architecture"], rows)
 
 
 def _full_run_summary(results: Results) -> str:

@@ -4,7 +4,8 @@
 
 A mutation replaces one piece of a kernel package's text. It is applied to a copy of the package, never in place, and
 its test is run on the copy. A mutation that survives, whose text no longer occurs exactly once, or whose test cannot be
-found is a defect of the tests. A family's mutations lie in `breaks`, in the file of the family's name.
+found is a defect of the tests. A family's mutations lie in `breaks`, in the file of the family's name. NAME is the
+beginning of a mutation's name or of the file that it breaks, "rotary" for one.
 """
 
 from __future__ import annotations
@@ -52,18 +53,22 @@ MUTATIONS = (
 
 def main(names: list[str]) -> int:
     """Run the named mutations, or all, a line each; 1 if one survives, 2 if there is none of a name."""
-    unknown = sorted(set(names) - {m.name for m in MUTATIONS})
+    unknown = [name for name in names if not any(_is_named(m, name) for m in MUTATIONS)]
     if unknown:
-        sys.stderr.write(f"error: NAME: got {', '.join(map(repr, unknown))}; tests/breaks/*.py hold the names\n")
+        sys.stderr.write(f"error: NAME: got {', '.join(map(repr, unknown))}; tests/breaks/*.py hold names and files\n")
         return 2
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     failed = False
-    for mutation, defect in survivors(m for m in MUTATIONS if not names or m.name in names):
+    for mutation, defect in survivors(m for m in MUTATIONS if not names or any(_is_named(m, name) for name in names)):
         sys.stdout.write(f"{'killed  ' if defect is None else 'SURVIVES'} {mutation.name}\n{defect or ''}")
         sys.stdout.flush()
         failed |= defect is not None
     return int(failed)
+
+
+def _is_named(mutation: Mutation, name: str) -> bool:
+    return mutation.name.startswith(name) or mutation.file.startswith(name)
 
 
 def survivors(mutations: Iterable[Mutation]) -> Iterator[tuple[Mutation, str | None]]:

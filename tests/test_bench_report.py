@@ -148,12 +148,14 @@ def test_records_are_read_and_the_last_word_counts(tmp_path: Path) -> None:
 
 
 def test_the_readmes_tables_come_from_all_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column a device; one of a GPU even if there is none; a full run's figures beside their targets."""
+    """A column of kernels a GPU, or a line; training on any device; a full run's figures beside their targets."""
     monkeypatch.setattr(report, "PLOTS", {})
     text = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n"
     root = tmp_path / "results"
     cpu, gpu = root / "cpu", root / "some-gpu"
     document = {"machine_info": SOURCE | {"device": "Some CPU, 2 threads"}, "benchmarks": [{"extra_info": NORM[0]}]}
+    update = info("train_step", "fastlm", 2.4e-6, "nanogpt-cpu-T64-batch12", tokens_per_second=4450.0)
+    document["benchmarks"].append({"extra_info": update})
     (tmp_path / "cpu.json").write_text(json.dumps(document))
     readme = tmp_path / "README.md"
     readme.write_text(text)
@@ -162,13 +164,15 @@ def test_the_readmes_tables_come_from_all_devices(tmp_path: Path, monkeypatch: p
     assert written.startswith("# Title\n\n")
     assert written.endswith("\n\nrest\n")
     assert "old" not in written
-    assert cells(written, "kernel") == ["kernel", "Some CPU, 2 threads", "a GPU"]
-    assert cells(written, "`rms_norm`") == ["`rms_norm`", "1.50x (1 shape)", "not measured"]
-    assert cells(written, "`adamw`") == ["`adamw`", "not measured", "not measured"]
-    assert "on a GPU: not measured." in written
+    assert "Kernels on a GPU: not measured." in written
+    assert "(`python -m bench.full_run`) on a GPU: not measured." in written
+    assert "| kernel |" not in written, "a CPU runs no kernels"
+    assert cells(written, "`nanogpt-cpu`") == ["`nanogpt-cpu`", "Some CPU, 2 threads", "4,450", "1.25x"]
     report.main([str(full_run_file(tmp_path / "elsewhere")), str(benchmark_file(tmp_path, NORM)), "--out", str(gpu)])
     written = report.with_tables(written, root)
-    assert cells(written, "`rms_norm`") == ["`rms_norm`", "1.50x (1 shape)", "1.50x (1 shape), 50 %"]
+    assert cells(written, "kernel") == ["kernel", "Some GPU"]
+    assert cells(written, "`rms_norm`") == ["`rms_norm`", "1.50x (1 shape), 50 %"]
+    assert cells(written, "`adamw`") == ["`adamw`", "not measured"]
     assert cells(written, "`train_124m.tokens") == [
         "`train_124m.tokens_per_second`",
         "651,000 tokens/s",

@@ -40,8 +40,8 @@ Recompute = Literal["none", "activation", "mlp", "block"]
 class DataConfig:
     """Text or token shards, and how text becomes tokens."""
 
-    path: str | None = None  # file, directory or glob; None = the Python standard library's own sources
-    val_path: str | None = None  # None = split off `path`
+    path: str | None = None  # file, directory or glob; null = the Python standard library's own sources
+    val_path: str | None = None  # null = split off `path`
     val_fraction: float = 0.1  # share of the text kept for validation
     tokenizer: str = "bpe"  # bpe, byte, char, gpt2, or a path to a tokenizer.json / its directory
     vocab_size: int | None = None  # of a BPE to be trained (null: by the text's size), or of shards without a tokenizer
@@ -54,35 +54,35 @@ class DataConfig:
 class ModelConfig:
     """The shape of the network; the vocabulary comes from the tokenizer."""
 
-    family: Literal["modern", "gpt2", "lstm"] = "modern"
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int | None = None  # None = n_head; fewer = grouped-query attention (modern)
-    n_embd: int = 256
-    max_seq_len: int | None = None  # positions the model can hold; None = data.seq_len
+    family: Literal["modern", "gpt2", "lstm"] = "modern"  # lstm: not yet
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # query heads; must divide n_embd
+    n_kv_head: int | None = None  # null = n_head; fewer = grouped-query attention (modern)
+    n_embd: int = 256  # width of the residual stream
+    max_seq_len: int | None = None  # positions the model can hold; null = data.seq_len
     dropout: float = 0.0  # on the embedding, the attention weights and each residual branch
-    tie_embeddings: bool | None = None  # None = the family's own: gpt2 ties, modern does not
+    tie_embeddings: bool | None = None  # null = the family's own: gpt2 ties, modern does not
     bias: bool = True  # gpt2: biases in linears and norms; modern has none
-    logit_softcap: float | None = None  # None = the family's own: modern 15, gpt2 off; 0 = off
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    attention: Literal["auto", "triton", "sdpa", "flash"] = "auto"
+    logit_softcap: float | None = None  # null = the family's own: modern 15, gpt2 off; 0 = off
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they run
+    attention: Literal["auto", "triton", "sdpa", "flash"] = "auto"  # auto: measured fastest, else ours
 
 
 @dataclass
 class OptimConfig:
     """Which update each parameter gets, and the schedule that scales it."""
 
-    name: Literal["muon", "adamw", "adam", "sgd", "adagrad", "adadelta", "rmsprop"] = "muon"
+    name: Literal["muon", "adamw", "adam", "sgd", "adagrad", "adadelta", "rmsprop"] = "muon"  # muon: AdamW beside it
     lr: float = 0.03  # muon: the matrices' rate; others: every parameter's
     adam_lr: float = 0.01  # muon only: embedding, head and scalars
     betas: tuple[float, float] = (0.9, 0.95)  # adam, adamw, and the AdamW part of muon
-    eps: float = 1e-8
+    eps: float = 1e-8  # beside the root of the second average
     momentum: float = 0.95  # muon, sgd, rmsprop
     state_bits: Literal[32, 8] = 32  # adamw, adam, and the AdamW part of muon: bits of each of the two averages
     weight_decay: float = 0.0  # on tensors with two or more dimensions
-    grad_clip: float | None = 1.0  # global norm; None = off
-    schedule: Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd"] = "wsd"
-    warmup_steps: int = 0
+    grad_clip: float | None = 1.0  # global norm; null = off
+    schedule: Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt", "wsd"] = "wsd"  # after warm-up
+    warmup_steps: int = 0  # updates over which the rate rises from nearly 0
     min_lr_ratio: float = 0.0  # the schedule's end, as a share of its peak
     decay_fraction: float = 0.6  # wsd: share of the steps, at the end, over which the rate falls
 
@@ -92,23 +92,23 @@ class TrainConfig:
     """How long, in which portions, and what is written on the way."""
 
     steps: int | None = None  # updates; exactly one of steps, epochs, max_seconds sets the length
-    epochs: float | None = None
-    max_seconds: float | None = None
+    epochs: float | None = None  # passes over the training text
+    max_seconds: float | None = None  # of training
     batch_size: int = 32  # sequences per update, all devices together
     micro_batch_size: Literal["auto"] | int | None = "auto"  # sequences per forward pass and device; auto = what fits
-    eval_every: int | None = 100  # None = only before the first and after the last step
-    save_every: int | None = 200  # None = only after the last step
-    sample_every: int | None = None  # None = only after the last step
-    log_every: int = 10
+    eval_every: int | None = 100  # null = only before the first and after the last step
+    save_every: int | None = 200  # null = only after the last step
+    sample_every: int | None = None  # null = only after the last step
+    log_every: int = 10  # updates between two lines of the log
     keep: int = 2  # newest checkpoints kept
     keep_best: bool = True  # and the one with the lowest validation loss
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto"] | bool = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; auto: bf16 on a GPU that has it
+    compile: Literal["auto"] | bool = "auto"  # by torch.compile; auto: where it pays
     check_compile: bool = False  # compare compiled with eager gradients in the first updates; exit 3 if they differ
     cuda_graphs: Literal["auto"] | bool = "auto"  # replay the whole step as recorded, on a GPU
     recompute: Recompute | bool = "none"  # computed again in backward: less memory, more time; true = block
     profile: bool = False  # write a trace of a few early updates, and a table of where their time goes
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # one device so far; ddp, fsdp: not yet
 
 
 @dataclass
@@ -116,9 +116,9 @@ class Config:
     """One run. Sections are reached by dotted keys: `--optim.lr 0.01`."""
 
     preset: str = "default"
-    out: str | None = None  # None = runs/<preset>-<time>
+    out: str | None = None  # null = runs/<preset>-<time>
     resume: str = "auto"  # auto, never, or a run directory / checkpoint
-    seed: int = 1234
+    seed: int = 1234  # of weights, data order and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

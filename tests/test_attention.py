@@ -850,8 +850,8 @@ def test_used_keys_of_documents_on_the_kernel(kernel_device: str) -> None:
     assert fk.explain(fk.varlen_attn, *arguments, **options).path == "triton"
     out = fk.varlen_attn(*arguments, **options)
     expected = attention.varlen_attn_reference(*arguments, **options)
-    torch.testing.assert_close(out[: len(expected)], expected)
-    ours, theirs = (torch.autograd.grad(x[: len(expected)].square().sum(), arguments[:3]) for x in (out, expected))
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), arguments[:3]) for x in (out, expected))
     for grad, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 

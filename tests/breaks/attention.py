@@ -12,6 +12,7 @@ SAME = "test_attention.py::test_one_pass_gives_the_gradients_of_two[{}]"
 LONE_KEY = "test_attention.py::test_the_log_sum_exp_of_one_key_has_its_gradient[{}]"
 SEED = "test_attention.py::test_a_seed_says_what_is_dropped[triton-{}]"
 SAMPLE = "test_attention.py::test_a_sample_drops_alike_wherever_it_stands_in_a_batch[triton-{}]"
+OUTSIDE = "test_varlen.py::test_malformed_starts_never_leave_the_tensors[{}]"
 DESCRIBED = "test_attention.py::test_descriptors_load_what_pointers_load[alignbottom_right-descriptors]"
 
 MUTATIONS = (
@@ -151,9 +152,31 @@ MUTATIONS = (
     Mutation(
         "attention: packed queries of the next document attend",
         "attention/_tiles.py",
-        "    return begin, (tl.load(CU + batch + 1).to(tl.int64) - begin).to(tl.int32)",
-        "    return begin, (tl.load(CU + batch + 1).to(tl.int64) - begin).to(tl.int32) + 1",
+        "rows) - begin).to(tl.int32)",
+        "rows) - begin).to(tl.int32) + 1",
         "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
+    ),
+    Mutation(
+        "attention: a document past the last row",
+        "attention/_tiles.py",
+        "    return begin, (tl.minimum(tl.maximum(end, begin), rows) - begin)",
+        "    return begin, (tl.maximum(end, begin) - begin)",
+        OUTSIDE.format("past the end-True"),
+    ),
+    Mutation(
+        "attention: a document that begins before the first row",
+        "attention/_tiles.py",
+        "    begin = tl.minimum(tl.maximum(begin, 0), rows)\n",
+        "    begin = tl.minimum(begin, rows)\n",
+        OUTSIDE.format("before the first-True"),
+    ),
+    Mutation(
+        "attention: rows of no document left out of PyTorch's path",
+        "attention/_documents.py",
+        "    segments = [(0, starts[0], None), *documents, (starts[-1], rows, None)]\n",
+        "    segments = documents\n",
+        "test_varlen.py::test_rows_outside_every_document_are_zero_at_their_own_places"
+        "[torch-rows before, between and after-False]",
     ),
     Mutation(
         "attention: what belongs to no document is left as it was",

@@ -318,13 +318,16 @@ def varlen_attn(
     query (Tq, H, D), key and value (Tk, Hk, D), N documents one after another; cu_seq_q, cu_seq_k (N + 1,) int32, where
     each begins and the last ends; max_q, max_k the longest lengths. Documents may have zero length. window_size is
     (left, right), bottom-right aligned: causal is (-1, 0). seqused_k (N,) limits each document's keys; block_table
-    (N, pages) int32 reads keys from pages (P, page, Hk, D). Returns (Tq, H, D); a query that sees no key gives 0.
+    (N, pages) int32 reads keys from pages (P, page, Hk, D). Returns (Tq, H, E); a query that sees no key gives 0, as
+    does a row of no document, before cu_seq_q's first number or after its last.
 
     softcap, deterministic: as in `scaled_dot_product_attention`. return_lse (or return_aux with lse=True): (out, lse),
     lse (H, Tq) in fp32 (float64 for float64). num_splits concerns PyTorch's own kernels alone.
 
-    The kernel takes fp32, fp16 and bf16 without pages, never waits for the device, and leaves 0 (lse: -inf) where no
-    document lies. Elsewhere half precision on a GPU is PyTorch's operator, everything else one call per document.
+    The kernel takes fp32, fp16 and bf16 without pages and never waits for the device: of starts that leave the tensors
+    it takes what lies within, of documents longer than max_q or max_k perhaps not all. Elsewhere half precision on a
+    GPU is PyTorch's operator; everything else is one call per document, where such numbers raise ValueError. Starts or
+    lengths of another type, dtype or shape raise RuntimeError, as PyTorch's operator does.
     """
     check_softcap(softcap)
     window = window_of(window_size)
@@ -377,6 +380,8 @@ def _varlen_obstacle(
         return f"shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
     if not all(isinstance(length, (int, torch.SymInt)) and not isinstance(length, bool) for length in lengths):
         return "a length is not an int"
+    if any(length < 0 for length in lengths):
+        return "a negative length"
     starts = [cu_seq_q, cu_seq_k] if seqused_k is None else [cu_seq_q, cu_seq_k, seqused_k]
     for x in starts:
         if not isinstance(x, Tensor) or x.dim() != 1 or x.dtype not in (torch.int32, torch.int64):

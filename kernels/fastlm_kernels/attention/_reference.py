@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import check_softcap, soft_cap
+from ._documents import check_longest, check_packing, segments_of, starts_of, used_of
 from .dropout import check_dropout_seed, kept_weights
 
 UNLIMITED = (-1, -1)
@@ -227,20 +227,23 @@ def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool, paged: bool) -> N
 def _document_keys(
     key: Tensor,
     value: Tensor,
-    document: int,
+    document: int | None,
     starts: list[int] | None,
     used: list[int] | None,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values (S, Hk, D) of one document, out of the packed tensors or out of the pages of its block table."""
+    """Keys and values (S, Hk, D) of one document, out of the packed tensors or out of the pages of its block table.
+
+    Of no document: none, but still part of the graph.
+    """
     if block_table is not None:
         if used is None:
             raise ValueError("block_table: needs seqused_k, the number of valid keys of each document")
-        pages = block_table[document]
-        length = used[document]
+        pages = block_table[document] if document is not None else slice(0)
+        length = used[document] if document is not None else 0
         return key[pages].flatten(0, 1)[:length], value[pages].flatten(0, 1)[:length]
-    if starts is None:
-        raise ValueError("cu_seq_k: got None; give the documents' cumulative key lengths, (N + 1,)")
+    if document is None or starts is None:
+        return key[:0], value[:0]
     begin, end = starts[document], starts[document + 1]
     if used is not None:
         end = min(end, begin + used[document])
@@ -269,18 +272,23 @@ def varlen_attn_reference(
 ) -> Any:
     """`varlen_attn` as one call per document: the definition, and the path where no kernel runs.
 
-    Reads the cumulative lengths on the host: on a GPU that waits for the device.
+    Rows of no document see no key. Reads the cumulative lengths on the host: on a GPU that waits for the device.
     """
     _check_heads(query, key, enable_gqa, block_table is not None)
     check_softcap(softcap)
     window = window_of(window_size)
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
-    q_starts = cu_seq_q.tolist()
-    k_starts = None if cu_seq_k is None else cu_seq_k.tolist()
-    used = None if seqused_k is None else seqused_k.tolist()
-    outs, lses = [query.new_empty(0, query.shape[1], value.shape[-1])], []
-    for document, (begin, end) in enumerate(pairwise(q_starts)):
+    check_packing(cu_seq_q, cu_seq_k, seqused_k, block_table, (max_q, max_k))
+    q_starts = starts_of("cu_seq_q", cu_seq_q, len(query))
+    k_starts = None
+    if block_table is None and cu_seq_k is not None:
+        k_starts = starts_of("cu_seq_k", cu_seq_k, len(key))
+    used = None if seqused_k is None else used_of(seqused_k)
+    outs, lses, longest_q, longest_k = [], [], 0, 0
+    for begin, end, document in segments_of(q_starts, len(query)):
         k, v = _document_keys(key, value, document, k_starts, used, block_table)
+        if document is not None:
+            longest_q, longest_k = max(longest_q, end - begin), max(longest_k, len(k))
         q, k, v = (x.transpose(0, 1)[None] for x in (query[begin:end], k, v))
         result = scaled_dot_product_attention_reference(
             q,
@@ -296,8 +304,7 @@ def varlen_attn_reference(
         out, lse = result if isinstance(result, tuple) else (result, None)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse)
+    check_longest("max_q", max_q, longest_q)
+    check_longest("max_k", max_k, longest_k)
     packed = torch.cat(outs)
-    if not want_lse:
-        return packed
-    none = query.new_zeros(query.shape[1], 0, dtype=torch.promote_types(query.dtype, torch.float32))
-    return packed, torch.cat([none, *(lse[0] for lse in lses)], -1)
+    return (packed, torch.cat([lse[0] for lse in lses], -1)) if want_lse else packed

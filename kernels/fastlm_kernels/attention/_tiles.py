@@ -40,10 +40,11 @@ def place(program, tiles, rows, heads, section, REVERSE: tl.constexpr):
 
 
 @kernel()
-def _document(CU, batch):
-    """(begin, length) of a packed document."""
-    begin = tl.load(CU + batch).to(tl.int64)
-    return begin, (tl.load(CU + batch + 1).to(tl.int64) - begin).to(tl.int32)
+def _document(CU, batch, rows):
+    """(begin, length) of a packed document; what malformed starts put outside the `rows` there are is left out."""
+    begin, end = tl.load(CU + batch).to(tl.int64), tl.load(CU + batch + 1).to(tl.int64)
+    begin = tl.minimum(tl.maximum(begin, 0), rows)
+    return begin, (tl.minimum(tl.maximum(end, begin), rows) - begin).to(tl.int32)
 
 
 @kernel()
@@ -60,14 +61,14 @@ def lengths(
 ):
     """(begin_q, begin_k, at_batch, T, S, stored, shift): where this batch or document lies, and how long it is.
 
-    at_batch is what batch strides are multiplied by: 0 where documents are packed. `stored` keys are in memory, S of
-    them in use.
+    Of packed documents T and S come in as the rows of all of them. at_batch is what batch strides are multiplied by: 0
+    where documents are packed. `stored` keys are in memory, S of them in use.
     """
     begin_q, begin_k, at_batch = tl.zeros([], tl.int64), tl.zeros([], tl.int64), tl.cast(batch, tl.int64)
     stored = S
     if PACKED:
-        begin_q, T = _document(CU_Q, batch)
-        begin_k, S = _document(CU_K, batch)
+        begin_q, T = _document(CU_Q, batch, T)
+        begin_k, S = _document(CU_K, batch, S)
         stored = S
         if USED:
             S = tl.minimum(S, tl.load(USED_K + batch).to(tl.int32))

@@ -20,7 +20,7 @@ from ._launch import (
     strides_of,
     switches_of,
 )
-from ._tiles import VARYING, alone, finite, kept_by, lengths, load_tile, place, score_gradient, tile_range, weights_of
+from ._tiles import VARYING, alone, document, finite, kept_by, lengths, load_tile, place, score_gradient, tile_range, weights_of
 
 
 @kernel(do_not_specialize=VARYING)
@@ -107,6 +107,7 @@ def attention_dkdv_kernel(
     HAS_DQ    the tile's part of dq too, added to DQ, dense, by atomics
     """
     tile, batch, key_head = place(tl.program_id(0), tiles, rows_of_heads, heads, section, False)
+    total_k = S
     begin_q, begin_k, at_batch, T, S, stored, shift = lengths(
         CU_Q, CU_K, USED_K, batch, T, S, BOTTOM_RIGHT, PACKED, USED
     )
@@ -197,6 +198,10 @@ def attention_dkdv_kernel(
             part = tl.dot(tl.trans(k), ds, input_precision="ieee", out_dtype=ACC) * scale
             dq_tile = DQ + at * D + (m[None, :] * D + d[:, None])
             tl.atomic_add(dq_tile, part, mask=(d < D)[:, None] & rows_ok[None, :], sem="relaxed")
+    if PACKED:
+        # Read again: kept through the loop they would take registers that are scarce there.
+        begin_k, stored = document(CU_K, batch, total_k, True)
+        wide_cols = cols.to(tl.int64)[:, None] + begin_k
     # Keys of a document past those in use get 0, not what lay there.
     stored_ok = (cols < stored)[:, None]
     if HAS_DK:
@@ -211,6 +216,17 @@ def attention_dkdv_kernel(
         tl.store(dv_at + e[None, :], dv.to(DV.dtype.element_ty), mask=stored_ok & (e < E)[None, :])
 
 
+def _most(extras: Extras, has_dlse: bool, one_pass: bool) -> configs.AttentionTiles | None:
+    """What limits the tile of wide heads."""
+    if not one_pass:
+        packed = None if extras.cu_k is None else configs.ATTENTION_DKDV_PACKED
+        return packed if extras.mask is None else configs.ATTENTION_DKDV_MASKED
+    # With the log-sum-exp's gradient one pass over full tiles of 128 channels spills 48 bytes on sm_90.
+    if extras.mask is not None or has_dlse:
+        return configs.ATTENTION_ONE_PASS_MASKED
+    return None if extras.seed is None else configs.ATTENTION_ONE_PASS_DROPOUT
+
+
 def launch_keys(
     inputs: tuple[Tensor, ...],
     grads: tuple[Tensor, ...],
@@ -222,12 +238,8 @@ def launch_keys(
 ) -> None:
     """dk and dv of `grads` as `needs` says; with `dq_sums`, dense zeros, dq is added to them."""
     q, k, v, do, _, _ = inputs
-    table, most = configs.ATTENTION_DKDV, configs.ATTENTION_DKDV_MASKED
-    if dq_sums is not None:
-        table, most = configs.ATTENTION_ONE_PASS, configs.ATTENTION_ONE_PASS_MASKED
-    # With the log-sum-exp's gradient one pass over full tiles of 128 channels spills 48 bytes on sm_90.
-    crowded = extras.mask is not None or (has_dlse and dq_sums is not None)
-    config = config_of(table, configs.ATTENTION_FP32, q, v, most if crowded else None)
+    table = configs.ATTENTION_DKDV if dq_sums is None else configs.ATTENTION_ONE_PASS
+    config = config_of(table, configs.ATTENTION_FP32, q, v, _most(extras, has_dlse, dq_sums is not None))
     batch, queries, keys = documents_of(q, k, extras, options)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     query_bytes = group * queries * (q.shape[-1] + v.shape[-1]) * q.itemsize

@@ -40,9 +40,13 @@ def place(program, tiles, rows, heads, section, REVERSE: tl.constexpr):
 
 
 @kernel()
-def _document(CU, batch, rows):
-    """(begin, length) of a packed document; what malformed starts put outside the `rows` there are is left out."""
-    begin, end = tl.load(CU + batch).to(tl.int64), tl.load(CU + batch + 1).to(tl.int64)
+def document(CU, batch, rows, AGAIN: tl.constexpr):
+    """(begin, length) of a packed document; what malformed starts put outside the `rows` there are is left out.
+
+    AGAIN  read once more, however lately it was read
+    """
+    begin = tl.load(CU + batch, volatile=AGAIN).to(tl.int64)
+    end = tl.load(CU + batch + 1, volatile=AGAIN).to(tl.int64)
     begin = tl.minimum(tl.maximum(begin, 0), rows)
     return begin, (tl.minimum(tl.maximum(end, begin), rows) - begin).to(tl.int32)
 
@@ -67,8 +71,8 @@ def lengths(
     begin_q, begin_k, at_batch = tl.zeros([], tl.int64), tl.zeros([], tl.int64), tl.cast(batch, tl.int64)
     stored = S
     if PACKED:
-        begin_q, T = _document(CU_Q, batch, T)
-        begin_k, S = _document(CU_K, batch, S)
+        begin_q, T = document(CU_Q, batch, T, False)
+        begin_k, S = document(CU_K, batch, S, False)
         stored = S
         if USED:
             S = tl.minimum(S, tl.load(USED_K + batch).to(tl.int32))

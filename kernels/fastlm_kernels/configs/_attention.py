@@ -7,7 +7,7 @@ from dataclasses import replace
 from ._forms import ARCHITECTURES, AttentionConfig
 
 AttentionTable = dict[str, tuple[AttentionConfig, ...]]
-AttentionTiles = dict[str, tuple[int, int]]
+AttentionTiles = dict[str, tuple[int, int, int]]
 # Attention, sorted by head_dim: the first that holds a head is used. The tables of fp32 are for exact products, which
 # tensor cores do not make.
 ATTENTION_FP32: AttentionTable = {
@@ -162,13 +162,16 @@ ATTENTION_DECODE: AttentionTable = {
 }
 # Without this the assembler stops at 80 in some fp32 binaries, at 32 in the one pass on sm_80, and spills.
 ATTENTION_REGISTERS = 255
-# The most (queries, keys) that a tile of wide heads may hold, by architecture, with a mask in memory, whose addresses
-# take registers too; the forward with a key_mask, which is one for all queries.
-ATTENTION_FORWARD_MASKED: AttentionTiles = {**dict.fromkeys(ARCHITECTURES, (64, 32)), "sm_90": (128, 32)}
-ATTENTION_FORWARD_PADDED: AttentionTiles = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64))
-ATTENTION_DQ_MASKED: AttentionTiles = dict.fromkeys(ARCHITECTURES, (128, 32))
-ATTENTION_ONE_PASS_MASKED: AttentionTiles = dict.fromkeys(("sm_90", "sm_100"), (32, 64))
-ATTENTION_DKDV_MASKED: AttentionTiles = dict.fromkeys(("sm_86", "sm_89"), (16, 64))
+# The most (queries, keys, stages) that a tile of wide heads may have, by architecture, with a mask in memory, whose
+# addresses take registers too; the forward with a key_mask, which is one for all queries; one pass that draws dropout;
+# dk and dv of packed documents, whose lengths lie in registers.
+ATTENTION_FORWARD_MASKED: AttentionTiles = {**dict.fromkeys(ARCHITECTURES, (64, 32, 2)), "sm_90": (128, 32, 2)}
+ATTENTION_FORWARD_PADDED: AttentionTiles = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), (64, 64, 2))
+ATTENTION_DQ_MASKED: AttentionTiles = dict.fromkeys(ARCHITECTURES, (128, 32, 2))
+ATTENTION_ONE_PASS_MASKED: AttentionTiles = dict.fromkeys(("sm_90", "sm_100"), (32, 64, 2))
+ATTENTION_ONE_PASS_DROPOUT: AttentionTiles = {"sm_120": (16, 32, 1)}
+ATTENTION_DKDV_MASKED: AttentionTiles = dict.fromkeys(("sm_86", "sm_89"), (16, 64, 2))
+ATTENTION_DKDV_PACKED: AttentionTiles = {"sm_120": (16, 64, 1)}
 # Rows (queries x heads that share keys) that one tile of the decode kernel holds; how many keys make it worth while.
 ATTENTION_DECODE_ROWS = 64
 ATTENTION_DECODE_KEYS = 256
@@ -185,13 +188,13 @@ def attention_config(
 ) -> AttentionConfig:
     """The configuration for heads of `head_dim` channels, the wider of keys and values.
 
-    most  with a mask in memory: the (queries, keys) by architecture that a tile of wide heads may hold
+    most  what else is in use: the (queries, keys, stages) by architecture that a tile of wide heads may then have
     """
     config = next(c for c in table.get(architecture, table["generic"]) if c.head_dim >= head_dim)
     if most is None or architecture not in most or head_dim <= 64:
         return config
-    queries, keys = most[architecture]
-    queries, keys, stages = min(config.block_m, queries), min(config.block_n, keys), min(config.num_stages, 2)
+    present = (config.block_m, config.block_n, config.num_stages)
+    queries, keys, stages = map(min, present, most[architecture])
     return replace(config, block_m=queries, block_n=keys, num_stages=stages)
 
 

@@ -168,7 +168,7 @@ def test_command_fails_when_a_kernel_does(monkeypatch: pytest.MonkeyPatch, capsy
         return good.reference(input, normalized_shape, weight, eps) * 1.1
 
     bad = replace(good, fused=_runtime.without_kernel("wrong on purpose")(rms_norm), small=good.small[:2])
-    monkeypatch.setattr(check, "KERNELS", (bad,))
+    monkeypatch.setattr(check, "CALLS", (bad,))
     assert check.main(["--device", "cpu"]) == 1
     printed = capsys.readouterr().out.splitlines()
     assert all(line.endswith("FAIL") for line in printed[2:-1])

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fastlm_kernels import _rows, _runtime, configs
 from fastlm_kernels.check import DTYPES, check_kernel, compare, leaves_of, outputs_of, results, upstream_gradients
-from fastlm_kernels.registry import KERNELS, Arguments, Case, Kernel, case_name
+from fastlm_kernels.registry import CALLS, KERNELS, Arguments, Case, Kernel, case_name
 
 pytestmark = [pytest.mark.needs_kernels, pytest.mark.usefixtures("poisoned")]
 
@@ -35,6 +35,8 @@ def of_families(*families: str) -> pytest.MarkDecorator:
 
 
 every_kernel = of_families()
+# Packed documents too; their definition reads lengths on the host, so that it cannot be captured.
+every_call = pytest.mark.parametrize("kernel", CALLS, ids=lambda kernel: kernel.name)
 # One result a row (or an element), whatever axes stand before it.
 every_row_kernel = of_families("norm", "softmax", "activation")
 # Rows that do not fit a program's registers are walked in blocks.
@@ -48,7 +50,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 CASES = [
     pytest.param(kernel, case, dtype, id=f"{kernel.name}-{case_name(case)}-{str(dtype).removeprefix('torch.')}")
-    for kernel in KERNELS
+    for kernel in CALLS
     for case in kernel.small
     for dtype in DTYPES
     # The interpreter takes seconds for one of the longest rows.
@@ -263,7 +265,7 @@ def test_bitwise_repeatable_and_two_backwards_agree(kernel: Kernel, dtype: torch
         assert torch.equal(a, b)
 
 
-@every_kernel
+@every_call
 def test_no_rows(kernel: Kernel, kernel_device: str) -> None:
     """Empty batches: what PyTorch gives, and gradients of exactly 0."""
     arguments, upstream = make(kernel, kernel_device, case={"rows": 0, "columns": 12})

@@ -40,7 +40,7 @@ from torch import Tensor
 from . import _runtime, configs
 from .check import leaves_of, outputs_of
 from .optim.steps import STEPS
-from .registry import KERNELS, Arguments, Case, Kernel, case_name, modules_of
+from .registry import CALLS, Arguments, Case, Kernel, case_name, modules_of
 
 REPORTED_TRITONS = ("3.6", "3.7")
 QUICK_ARCHITECTURES = ("sm_89", "sm_90")
@@ -121,9 +121,9 @@ class _Pointer:
 
 def record(kernel_index: int, case: Case, dtype: torch.dtype, architecture: str) -> list[_runtime.Launch]:
     """The launches of one registry kernel's forward and backward, or of an optimizer's step, made on no device."""
-    if kernel_index >= len(KERNELS):
-        return STEPS[kernel_index - len(KERNELS)].record(case, dtype, architecture)
-    kernel = KERNELS[kernel_index]
+    if kernel_index >= len(CALLS):
+        return STEPS[kernel_index - len(CALLS)].record(case, dtype, architecture)
+    kernel = CALLS[kernel_index]
     return record_call(kernel, kernel.inputs(dtype, "meta", 0, **case), architecture)
 
 
@@ -231,7 +231,7 @@ def _load_widths(code: str, amd: bool) -> str:
 def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
     """What to compile: each kernel's last quick case, or its cases for every shipped configuration."""
     variants = [(torch.bfloat16, True), (torch.bfloat16, False)] + [(torch.float32, True)] * every
-    for index, kernel in enumerate(KERNELS):
+    for index, kernel in enumerate(CALLS):
         for architecture in architectures:
             for case in kernel.compiled if every else kernel.quick[-1:]:
                 for dtype, aligned in variants:
@@ -244,7 +244,7 @@ def jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
 
 def step_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
     """The same for the optimizers' steps, which find their tensors, and whether they are aligned, by themselves."""
-    for index, step in enumerate(STEPS, len(KERNELS)):
+    for index, step in enumerate(STEPS, len(CALLS)):
         for architecture in architectures:
             for case in step.compiled if every else step.quick:
                 for dtype in (torch.bfloat16, torch.float32):
@@ -263,7 +263,7 @@ def trial_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
 
 def run(job: Job) -> list[Row]:
     """The report's rows for one job."""
-    kernel, case = (*KERNELS, *STEPS)[job.kernel], dict(job.case)
+    kernel, case = (*CALLS, *STEPS)[job.kernel], dict(job.case)
     call = f"{kernel.name} {case_name(case)} {str(job.dtype).removeprefix('torch.')}"
     least = sum(kernel.traffic(case, job.dtype, backward) for backward in (False, True))
     if job.trial is None:
@@ -286,7 +286,7 @@ def code_lines(source: str) -> list[str]:
 
 def source_hash() -> str:
     """SHA-256 of what decides the binaries: the kernel modules, the registry and the tables, by `code_lines`."""
-    modules = {module.__name__ for kernel in KERNELS for module in kernel.modules}
+    modules = {module.__name__ for kernel in CALLS for module in kernel.modules}
     modules |= {f"{__package__}.optim.{name}" for name in _STEP_MODULES}
     modules |= {module.__name__ for name in _SHARED_MODULES for module in modules_of(f"{__package__}.{name}")}
     digest = hashlib.sha256()

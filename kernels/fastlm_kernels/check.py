@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import _interpreter, _runtime
 from ._command import BadInput, Parser, device_argument, run
-from .registry import KERNELS, Arguments, Case, Kernel, case_name, generator_of, random_tensor
+from .registry import CALLS, Arguments, Case, Kernel, case_name, generator_of, random_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DRAWS = 8
@@ -175,7 +175,7 @@ def check_kernel(
 
 
 def _rows(names: list[str] | None, device: torch.device) -> Iterator[tuple[bool, str]]:
-    for kernel in KERNELS:
+    for kernel in CALLS:
         if names and kernel.name not in names:
             continue
         for dtype in DTYPES:
@@ -185,7 +185,7 @@ def _rows(names: list[str] | None, device: torch.device) -> Iterator[tuple[bool,
 
 def _columns(kernel: str, dtype: str, case: str) -> str:
     """The first three columns, as wide as the registry's longest entries."""
-    names, cases = (k.name for k in KERNELS), (case_name(c) for k in KERNELS for c in k.small)
+    names, cases = (k.name for k in CALLS), (case_name(c) for k in CALLS for c in k.small)
     return f"{kernel:{max(map(len, names)) + 2}}{dtype:10}{case:{max(map(len, cases)) + 2}}"
 
 
@@ -210,7 +210,7 @@ def where(device: torch.device) -> str:
 
 def _check_kernels(names: list[str] | None, device: torch.device) -> int:
     """Print the table of kernels; 0 if every one passes, 1 if not."""
-    known = [kernel.name for kernel in KERNELS]
+    known = [kernel.name for kernel in CALLS]
     for name in names or []:
         if name not in known:
             raise BadInput("--kernel", name, f"give one of {', '.join(known)}")

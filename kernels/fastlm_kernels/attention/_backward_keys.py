@@ -20,7 +20,19 @@ from ._launch import (
     strides_of,
     switches_of,
 )
-from ._tiles import VARYING, alone, document, finite, kept_by, lengths, load_tile, place, score_gradient, tile_range, weights_of
+from ._tiles import (
+    VARYING,
+    alone,
+    document,
+    finite,
+    kept_by,
+    lengths,
+    load_tile,
+    place,
+    score_gradient,
+    tile_range,
+    weights_of,
+)
 
 
 @kernel(do_not_specialize=VARYING)

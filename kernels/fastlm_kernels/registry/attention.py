@@ -169,31 +169,28 @@ _LARGE: tuple[Case, ...] = (
     ),
     {"rows": 1, "columns": 128, "batch": 8, "heads": 32, "kv_heads": 8, "keys": 32768, "causal": False},
 )
+# What changes a binary: each alone, and the most that a call may ask for at once without a mask in memory.
+_COMPILED_SWITCHES: tuple[Case, ...] = (
+    {"window": (1023, -1)},
+    {"softcap": 30.0},
+    {"padded": True, "causal": False},
+    {"masked": (0, 1), "causal": False},
+    {"dropout": 0.1},
+    {"keys": 8192, "align": "bottom_right"},
+    {"lse": True},
+    {"padded": True, "window": (1023, -1), "softcap": 30.0, "dropout": 0.1},
+)
 _COMPILED: tuple[Case, ...] = (
     *({"rows": 4096, "columns": columns, "kv_heads": 2} for columns in (16, 32, 64, 80, 96, 128, 192, 256)),
     *(
         {"rows": 4096, "columns": columns, "kv_heads": 2, **switches}
         for columns in (64, 128)
-        for switches in (
-            {"causal": False},
-            {"window": (1023, -1)},
-            {"softcap": 30.0},
-            {"padded": True, "causal": False},
-            {"masked": (0, 1), "causal": False},
-            {"dropout": 0.1},
-        )
+        for switches in ({"causal": False}, *_COMPILED_SWITCHES)
     ),
-    *({"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True} for columns in (64, 128)),
     *(
         {"rows": 4096, "columns": columns, "kv_heads": 2, "one_pass": True, **switches}
         for columns in (64, 128)
-        for switches in (
-            {"window": (1023, -1)},
-            {"softcap": 30.0},
-            {"padded": True, "causal": False},
-            {"masked": (0, 1), "causal": False},
-            {"dropout": 0.1},
-        )
+        for switches in ({}, *_COMPILED_SWITCHES)
     ),
     {"rows": 1, "columns": 128, "heads": 8, "kv_heads": 2, "keys": 32768, "causal": False},
 )
@@ -249,19 +246,26 @@ def _packed_flops(case: Case, backward: bool) -> int:
 
 
 _PACKED_QUICK: tuple[Case, ...] = ({"rows": 96, "columns": 32},)
+_PACKED_SMALL: tuple[Case, ...] = (
+    {"rows": 70, "columns": 16, "heads": 1, "documents": 3},
+    {"rows": 75, "columns": 24, "heads": 1, "documents": 3, "one_pass": True},
+)
 _PACKED_LARGE: tuple[Case, ...] = tuple(
     {"rows": 16384, "columns": columns, "heads": 2048 // columns, "documents": documents}
     for columns in (64, 128)
     for documents in (8, 64)
 )
+_PACKED_COMPILED: tuple[Case, ...] = tuple(
+    {"rows": 4096, "columns": columns, **passes} for columns in (64, 128) for passes in ({}, {"one_pass": True})
+)
 PACKED = Kernel(
     attention.varlen_attn,
     attention.varlen_attn_reference,
     _packed_inputs,
-    _PACKED_QUICK,
+    _PACKED_SMALL,
     _PACKED_QUICK,
     _PACKED_LARGE,
-    (),
+    _PACKED_COMPILED,
     _packed_traffic,
     _packed_flops,
     realigns=True,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,10 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
     [
         ({"window_size": (1,)}, "window_size: got (1,)"),
         ({"window_size": (1.5, 0)}, "window_size: got (1.5, 0)"),
+        ({"window_size": 3}, "window_size: got 3"),
+        ({"window_size": (True, 0)}, "window_size: got (True, 0)"),
+        ({"deterministic": "no"}, "deterministic: got 'no'"),
+        ({"return_lse": 1}, "return_lse: got 1"),
         ({"softcap": 0.0}, "softcap: got 0.0"),
         ({"causal_align": "left"}, "causal_align: got 'left'"),
         ({"key_mask": torch.ones(2, 6, dtype=torch.bool)}, "key_mask: got torch.bool (2, 6)"),
@@ -241,10 +246,35 @@ def test_masks_that_pytorch_refuses_are_refused_with_our_options_too(options: di
         fk.scaled_dot_product_attention(q, q, q, half, **options)
 
 
-def test_mixed_dtypes_are_refused_with_our_options_too() -> None:
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"return_lse": True}], ids=str)
+def test_what_pytorch_refuses_is_refused_with_our_options_too(options: dict[str, Any]) -> None:
+    """Mixed dtypes, integers, complex numbers, a list: PyTorch's class, and no truncated answer."""
     q, k, v = _qkv()
-    with pytest.raises(RuntimeError, match="one dtype"):
-        fk.scaled_dot_product_attention(q, k.float(), v, softcap=2.0)
+    whole, complex_ = ([x.to(dtype) for x in (q, k, v)] for dtype in (torch.int32, torch.complex64))
+    calls: Any = ((q, k.float(), v), whole, complex_, ([1.0], k, v))
+    for call, words in zip(calls, ("one dtype", "torch.int32", "torch.complex64", "must be Tensor"), strict=True):
+        with pytest.raises((RuntimeError, TypeError)) as theirs:
+            F.scaled_dot_product_attention(*call)
+        with pytest.raises(RuntimeError if issubclass(theirs.type, RuntimeError) else TypeError, match=words):
+            fk.scaled_dot_product_attention(*call, **options)
+    with pytest.raises(TypeError, match="must be Tensor"):
+        fk.scaled_dot_product_attention([1.0], k, v, key_mask=torch.ones(2, 7, dtype=torch.bool))  # type: ignore[arg-type]
+
+
+def test_windows_of_numpys_integers() -> None:
+    numpys: Any = (np.int64(2), np.int32(0))
+    expected = fk.scaled_dot_product_attention(*_qkv(), window_size=(2, 0))
+    assert torch.equal(fk.scaled_dot_product_attention(*_qkv(), window_size=numpys), expected)
+
+
+@pytest.mark.both_paths
+def test_a_mask_beside_is_causal_both_decide(device: str) -> None:
+    """As on those of PyTorch's backends that take the two."""
+    q, k, v = (x.to(device) for x in _qkv(dtype=torch.float32))
+    mask = MASKED_ROW.to(device)
+    found = fk.scaled_dot_product_attention(q, k, v, mask, is_causal=True, softcap=2.0)
+    both = mask & torch.ones(5, 7, dtype=torch.bool, device=device).tril()
+    torch.testing.assert_close(found, fk.scaled_dot_product_attention(q, k, v, both, softcap=2.0))
 
 
 LENGTHS_Q, LENGTHS_K = (3, 0, 5, 1), (4, 2, 5, 0)

@@ -210,6 +210,9 @@ VARLEN: dict[str, Call] = {
     "window of three": lambda f: f(
         x(4, 1, 8), x(4, 1, 8), x(4, 1, 8), ids(0, 4).int(), ids(0, 4).int(), 4, 4, window_size=(1, 2, 3)
     ),
+    "window a number": lambda f: f(
+        x(4, 1, 8), x(4, 1, 8), x(4, 1, 8), ids(0, 4).int(), ids(0, 4).int(), 4, 4, window_size=3
+    ),
     "starts in a list": lambda f: f(x(4, 1, 8), x(4, 1, 8), x(4, 1, 8), [0, 4], ids(0, 4).int(), 4, 4),
     "longest length None": lambda f: f(x(4, 1, 8), x(4, 1, 8), x(4, 1, 8), ids(0, 4), ids(0, 4), None, 4),
     "longest length a float": lambda f: f(x(4, 1, 8), x(4, 1, 8), x(4, 1, 8), ids(0, 4), ids(0, 4), 4, 4.0),

@@ -108,7 +108,9 @@ MALFORMED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "longer than max_q": ({"max_q": 4}, ValueError, "max_q: got 4; give at least 5"),
     "longer than max_k": ({"max_k": 3}, ValueError, "max_k: got 3; give at least 4"),
     "negative max": ({"max_k": -3}, ValueError, "max_k: got -3"),
+    "an integer for a bool": ({"return_lse": 1}, ValueError, "return_lse: got 1; give True or False"),
     # What PyTorch's operator refuses, by its own class.
+    "a number for a window": ({"window_size": 3}, TypeError, r"window_size: got 3; give \(left, right\)"),
     "a list": ({"cu_seq_q": [0, 4, 9]}, RuntimeError, r"cu_seq_q: got \[0, 4, 9\]; give an int32 tensor"),
     "None": ({"cu_seq_k": None}, RuntimeError, "cu_seq_k: got None"),
     "floats": ({"cu_seq_k": _ids(0, 4, 8).float()}, RuntimeError, r"cu_seq_k: got torch.float32 \(3,\)"),

@@ -25,6 +25,12 @@ def check_coefficient(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}; give a finite number, 0 or above (0 switches it off)")
 
 
+def check_switch(name: str, value: bool) -> None:
+    """Raise ValueError unless `value` is a bool: of anything else, "no" too, Python would make True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}; give True or False")
+
+
 def check_num_items(num_items: int | Tensor | None, reduction: str) -> None:
     """Raise ValueError unless `num_items` is None, a count (int64, 0 or above) or a 0-d tensor, and there is a sum."""
     if num_items is None:

@@ -157,6 +157,20 @@ MUTATIONS = (
         "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
     ),
     Mutation(
+        "attention: dk and dv of every document put where the first lies",
+        "attention/_backward_keys.py",
+        "        begin_k, stored = document(CU_K, batch, total_k, True)\n",
+        "        begin_k, stored = document(CU_K, batch * 0, total_k, True)\n",
+        "test_attention.py::test_packed_documents_are_one_call_each_bit_for_bit[(-1, -1)-torch.float32]",
+    ),
+    Mutation(
+        "attention: integers attended to",
+        "attention/_reference.py",
+        "    if not query.is_floating_point():\n        raise",
+        "    if False:\n        raise",
+        "test_attention.py::test_what_pytorch_refuses_is_refused_with_our_options_too[{'softcap': 2.0}]",
+    ),
+    Mutation(
         "attention: a document past the last row",
         "attention/_tiles.py",
         "    return begin, (tl.minimum(tl.maximum(end, begin), rows) - begin)",

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from .. import _runtime
-from .._arguments import check_softcap
+from .._arguments import check_softcap, check_switch
 from .._runtime import with_kernel
 from ._launch import Options
 from ._operators import attention_backward, attention_forward
@@ -61,6 +61,7 @@ from ._reference import (
     check_align,
     check_key_mask,
     is_plain,
+    packed_window_of,
     scaled_dot_product_attention_reference,
     varlen_attn_reference,
     window_of,
@@ -223,7 +224,8 @@ def scaled_dot_product_attention(
 
     query (B, H, L, D), key (B, H, S, D), value (B, H, S, E), or fewer or more leading dimensions; with enable_gqa key
     and value have Hk heads, a divisor of H. attn_mask bool (True = visible) or float (added), broadcasts to
-    (B, H, L, S). Returns (B, H, L, E) in query's dtype (under
+    (B, H, L, S). Beside is_causal both decide: with our options everywhere, without them on those of PyTorch's backends
+    that take the two together. Returns (B, H, L, E) in query's dtype (under
     autocast in autocast's, as PyTorch's does); for query a transposed (B, L, H, D) tensor,
     `out.transpose(1, 2)` is contiguous. A query that sees no key gives 0.
 
@@ -248,9 +250,11 @@ def scaled_dot_product_attention(
     check_softcap(softcap)
     window = window_of(window_size)
     check_align(causal_align)
+    check_switch("return_lse", return_lse)
+    check_switch("deterministic", deterministic)
     plain = is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse, dropout_seed)
     obstacle = _obstacle(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plain)
-    if isinstance(query, Tensor):
+    if isinstance(query, Tensor) and isinstance(key, Tensor):
         check_key_mask(key_mask, query, key)
         check_dropout_seed(dropout_seed, query)
     if not _runtime.choose(query, key, value, attn_mask, key_mask, dropout_seed, obstacle=obstacle):
@@ -330,7 +334,9 @@ def varlen_attn(
     lengths of another type, dtype or shape raise RuntimeError, as PyTorch's operator does.
     """
     check_softcap(softcap)
-    window = window_of(window_size)
+    window = packed_window_of(window_size)
+    check_switch("return_lse", return_lse)
+    check_switch("deterministic", deterministic)
     options = {
         "return_aux": return_aux,
         "scale": scale,

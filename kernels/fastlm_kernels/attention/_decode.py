@@ -63,7 +63,11 @@ def attention_combine_kernel(
 
 
 def few_queries(q: Tensor, k: Tensor, extras: Extras, options: Options) -> bool:
-    """Whether all queries of a group of heads fit one small tile against keys long enough to be split."""
+    """Whether all queries of a group of heads fit one small tile against keys long enough to be split.
+
+    Not so of packed documents, whose lengths the host does not know: they take the plain forward, however few queries
+    each has.
+    """
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
     few = rows <= configs.ATTENTION_DECODE_ROWS and k.shape[2] >= configs.ATTENTION_DECODE_KEYS
     return few and extras.cu_q is None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import check_softcap, soft_cap
+from .._arguments import check_softcap, check_switch, soft_cap
 from ._documents import check_longest, check_packing, segments_of, starts_of, used_of
 from .dropout import check_dropout_seed, kept_weights
 
@@ -22,10 +22,23 @@ def window_of(window_size: Sequence[int] | None) -> tuple[int, int]:
     """(left, right) checked; None and any negative side mean unlimited, written -1."""
     if window_size is None:
         return UNLIMITED
-    if len(window_size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in window_size):
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not pair or not all(_is_integer(side) for side in window_size):
         raise ValueError(f"window_size: got {window_size!r}; give (left, right), two ints, -1 for an open side")
-    left, right = window_size
+    left, right = (int(side) for side in window_size)
     return max(left, -1), max(right, -1)
+
+
+def _is_integer(x: Any) -> bool:
+    """Whether x is an int or NumPy's."""
+    return hasattr(type(x), "__index__") and not isinstance(x, (bool, Tensor))
+
+
+def packed_window_of(window_size: Sequence[int] | None) -> tuple[int, int]:
+    """`window_of` for varlen_attn, where PyTorch has the argument too and raises TypeError for a number."""
+    if isinstance(window_size, (int, float)):
+        raise TypeError(f"window_size: got {window_size!r}; give (left, right), two ints, -1 for an open side")
+    return window_of(window_size)
 
 
 def check_key_mask(key_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
@@ -130,6 +143,8 @@ def _explicit(
         raise RuntimeError(
             f"query, key, value: got {query.dtype}, {key.dtype}, {value.dtype}; give one dtype for all three"
         )
+    if not query.is_floating_point():
+        raise RuntimeError(f"query, key, value: got {query.dtype}; give floating-point numbers")
     wide = torch.promote_types(query.dtype, torch.float32)
     k, v = key.to(wide), value.to(wide)
     if enable_gqa:
@@ -197,6 +212,10 @@ def scaled_dot_product_attention_reference(
     check_softcap(softcap)
     window = window_of(window_size)
     check_align(causal_align)
+    check_switch("return_lse", return_lse)
+    check_switch("deterministic", deterministic)
+    if not all(isinstance(x, Tensor) for x in (query, key, value)):
+        return F.scaled_dot_product_attention(query, key, value)  # raises PyTorch's TypeError
     explicit = softcap is not None or return_lse or (dropout_seed is not None and dropout_p > 0.0)
     if is_plain(window, is_causal, causal_align, softcap, key_mask, return_lse, dropout_seed):
         return F.scaled_dot_product_attention(
@@ -276,7 +295,9 @@ def varlen_attn_reference(
     """
     _check_heads(query, key, enable_gqa, block_table is not None)
     check_softcap(softcap)
-    window = window_of(window_size)
+    window = packed_window_of(window_size)
+    check_switch("return_lse", return_lse)
+    check_switch("deterministic", deterministic)
     want_lse = return_lse or (return_aux is not None and return_aux.lse)
     check_packing(cu_seq_q, cu_seq_k, seqused_k, block_table, (max_q, max_k))
     q_starts = starts_of("cu_seq_q", cu_seq_q, len(query))

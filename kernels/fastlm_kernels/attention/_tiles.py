@@ -45,8 +45,8 @@ def document(CU, batch, rows, AGAIN: tl.constexpr):
 
     AGAIN  read once more, however lately it was read
     """
-    begin = tl.load(CU + batch, volatile=AGAIN).to(tl.int64)
-    end = tl.load(CU + batch + 1, volatile=AGAIN).to(tl.int64)
+    begin = tl.load(CU + batch, volatile=AGAIN).to(tl.int64)  # type: ignore[arg-type]
+    end = tl.load(CU + batch + 1, volatile=AGAIN).to(tl.int64)  # type: ignore[arg-type]
     begin = tl.minimum(tl.maximum(begin, 0), rows)
     return begin, (tl.minimum(tl.maximum(end, begin), rows) - begin).to(tl.int32)
 

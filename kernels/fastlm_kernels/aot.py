@@ -56,7 +56,14 @@ SHARED_LIMIT = {
     "gfx942": 64 * _KB,
 }
 _MOST_THREADS = 1024  # of one program
-_IN_TRITON = {"padded", "masked", "one_pass", "keys"}  # what attention's forward in Gluon does not cover, or repeats
+_IN_TRITON = {
+    "padded",
+    "masked",
+    "one_pass",
+    "keys",
+    "dropout",
+    "lse",
+}  # what attention's forward in Gluon does not cover, or repeats
 _STEP_MODULES = ("_eight_bits", "_muon_plan", "_plan", "_symmetric", "_update", "steps")
 _SHARED_MODULES = ("aot", "configs", "registry", "_math", "_rows", "_runtime")
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4
@@ -253,7 +260,7 @@ def step_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
 
 def trial_jobs(every: bool, architectures: Iterable[str]) -> Iterator[Job]:
     """Attention's forward in Gluon, which `tune` tries on sm_90: each tile, or the first of each head dimension."""
-    index, kernel = next((i, k) for i, k in enumerate(KERNELS) if k.name == "scaled_dot_product_attention")
+    index, kernel = next((i, k) for i, k in enumerate(CALLS) if k.name == "scaled_dot_product_attention")
     tiles = [config for config in configs.ATTENTION_GLUON if config.loads == "gluon"]
     for config in tiles if every else {c.head_dim: c for c in reversed(tiles)}.values():
         cases = [case for case in kernel.compiled if case["columns"] == config.head_dim and not set(case) & _IN_TRITON]

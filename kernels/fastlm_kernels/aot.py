@@ -56,14 +56,8 @@ SHARED_LIMIT = {
     "gfx942": 64 * _KB,
 }
 _MOST_THREADS = 1024  # of one program
-_IN_TRITON = {
-    "padded",
-    "masked",
-    "one_pass",
-    "keys",
-    "dropout",
-    "lse",
-}  # what attention's forward in Gluon does not cover, or repeats
+# What attention's forward in Gluon does not cover, or repeats.
+_IN_TRITON = {"padded", "masked", "one_pass", "keys", "dropout", "lse"}
 _STEP_MODULES = ("_eight_bits", "_muon_plan", "_plan", "_symmetric", "_update", "steps")
 _SHARED_MODULES = ("aot", "configs", "registry", "_math", "_rows", "_runtime")
 _ALIGNED, _UNALIGNED = 1 << 20, (1 << 20) + 4

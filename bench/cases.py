@@ -41,10 +41,13 @@ _SMALL_FEATURES: tuple[Case, ...] = (
     {"window": (15, -1)},
     {"softcap": 30.0},
     {"padded": True, "causal": False},
+    {"padded": True},
+    {"keys": 96, "align": "bottom_right"},
     {"masked": (0, 1), "causal": False},
     {"lse": True},
     {"rows": 1, "keys": 256, "causal": False},
 )
+_SMALL_PACKED: tuple[Case, ...] = ({"window": 15}, {"softcap": 30.0}, {"one_pass": True})
 TIMED: tuple[Kernel, ...] = (
     *(
         replace(
@@ -57,7 +60,7 @@ TIMED: tuple[Kernel, ...] = (
         else kernel
         for kernel in KERNELS
     ),
-    PACKED,
+    replace(PACKED, quick=(*PACKED.quick, *(PACKED.quick[0] | feature for feature in _SMALL_PACKED))),
 )
 
 

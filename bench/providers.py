@@ -137,7 +137,7 @@ def _attention_providers(kernel: Kernel, case: Case, direction: str, gpu: bool) 
     differentiates = direction != "forward"
     if gpu and differentiates:
         yield Provider("fastlm-unordered", _unordered)
-    if gpu and kernel.name == "varlen_attn":
+    if gpu and kernel.name == "varlen_attn" and not {"softcap", "one_pass"} & set(case):
         yield Provider("torch-varlen", _torchs_varlen)
     if kernel.name == "scaled_dot_product_attention" and not (case.get("softcap") or case.get("lse")):
         for name, backend in SDPA.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -59,8 +60,15 @@ def test_the_lists_are_the_packages() -> None:
     assert set(listed) - set(replaced) <= {"LinearCrossEntropyLoss"}
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert links
-    assert all((PAGE.parent / link).exists() for link in links)
-    assert "(docs/dropping-in.md)" in (ROOT / "README.md").read_text()
+    assert all((page.parent / link).exists() for link in links)
+    if page.stem != "README":
+        assert f"(docs/{page.name})" in (ROOT / "README.md").read_text()
+    modules = re.findall(r"python -m (fastlm[\w.]*|bench[\w.]*)", text)
+    assert all(importlib.util.find_spec(module) for module in modules)
+    scripts = re.findall(r"(?:python|pytest) (tests/\w+\.py)", text)
+    assert all((ROOT / script).exists() for script in scripts)

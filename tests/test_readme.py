@@ -1,4 +1,7 @@
-"""The README is true: its commands run, its tables list what there is, its figures are those on record."""
+"""The README is true: its commands run, its tables list what there is, its figures are those on record.
+
+So are the tables of the pages in docs that it leads to.
+"""
 
 import json
 import os
@@ -26,9 +29,9 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def table(first_column: str) -> list[list[str]]:
+def table(first_column: str, text: str = README) -> list[list[str]]:
     """The rows, cell by cell, of the table whose header begins with `first_column`."""
-    lines = README.split(f"| {first_column} |", 1)[1].splitlines()[2:]
+    lines = text.split(f"| {first_column} |", 1)[1].splitlines()[2:]
     rows = []
     for line in lines:
         if not line.startswith("|"):
@@ -168,7 +171,7 @@ def test_the_bytes_of_an_update_are_the_reports():
     eight, rounding = {"state_bits": 8}, {"stochastic_rounding": True}
     cases = [({}, fp32), (clip, fp32), (both, fp32), (eight, fp32), ({"master_weights": True}, bf16)]
     cases += [(rounding, bf16), (rounding | eight, bf16), ({}, bf16)]
-    rows = table("AdamW")
+    rows = table("AdamW", (ROOT / "docs" / "optimizers.md").read_text())
     assert [int(row[1]) for row in rows] == [bytes_per_parameter("AdamW", *case) for case in cases]
     assert [int(row[2]) for row in rows] == [state_bytes(*case) for case in cases]
 

@@ -165,6 +165,8 @@ _LARGE: tuple[Case, ...] = (
             {"one_pass": True, "columns": 64, "heads": 32, "kv_heads": 32},
             {"columns": 80},
             {"columns": 256, "heads": 8, "kv_heads": 8},
+            {"padded": True},
+            {"rows": 2048, "keys": 4096, "align": "bottom_right"},
         )
     ),
     {"rows": 1, "columns": 128, "batch": 8, "heads": 32, "kv_heads": 8, "keys": 32768, "causal": False},
@@ -222,7 +224,15 @@ def _document_lengths(rows: int, documents: int) -> list[int]:
 
 @drawn
 def _packed_inputs(
-    draw: Draw, *, rows: int, columns: int, heads: int = 2, documents: int = 4, one_pass: bool = False
+    draw: Draw,
+    *,
+    rows: int,
+    columns: int,
+    heads: int = 2,
+    documents: int = 4,
+    one_pass: bool = False,
+    window: int = -1,
+    softcap: float | None = None,
 ) -> Arguments:
     """Arguments of varlen_attn: `rows` tokens in causal documents of different lengths, heads of `columns` channels."""
     q, k, v = (draw(rows, heads, columns, scale=1.2, shift=0.2) for _ in range(3))
@@ -230,8 +240,9 @@ def _packed_inputs(
     starts = torch.tensor([0, *lengths]).cumsum(0).to(draw.device, torch.int32)
     names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
     values = (q, k, v, starts, starts, max(lengths), max(lengths))
-    options = {"window_size": (-1, 0)} | ({"deterministic": False} if one_pass else {})
-    return dict(zip(names, values, strict=True)) | options
+    arguments = dict(zip(names, values, strict=True)) | {"window_size": (window, 0)}
+    options = {"softcap": softcap, "deterministic": False if one_pass else None}
+    return arguments | {name: value for name, value in options.items() if value is not None}
 
 
 def _packed_traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
@@ -241,7 +252,9 @@ def _packed_traffic(case: Case, dtype: torch.dtype, backward: bool) -> int:
 
 def _packed_flops(case: Case, backward: bool) -> int:
     lengths = _document_lengths(case["rows"], case.get("documents", 4))
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    seen = case.get("window", -1)
+    unseen = (max(0, length - 1 - seen) if seen >= 0 else 0 for length in lengths)
+    pairs = sum(n * (n + 1) // 2 - m * (m + 1) // 2 for n, m in zip(lengths, unseen, strict=True))
     return 2 * (5 if backward else 2) * case["columns"] * case.get("heads", 2) * pairs
 
 
@@ -250,10 +263,16 @@ _PACKED_SMALL: tuple[Case, ...] = (
     {"rows": 70, "columns": 16, "heads": 1, "documents": 3},
     {"rows": 75, "columns": 24, "heads": 1, "documents": 3, "one_pass": True},
 )
-_PACKED_LARGE: tuple[Case, ...] = tuple(
-    {"rows": 16384, "columns": columns, "heads": 2048 // columns, "documents": documents}
-    for columns in (64, 128)
-    for documents in (8, 64)
+_PACKED_LARGE: tuple[Case, ...] = (
+    *(
+        {"rows": 16384, "columns": columns, "heads": 2048 // columns, "documents": documents}
+        for columns in (64, 128)
+        for documents in (8, 64)
+    ),
+    *(
+        {"rows": 16384, "columns": 128, "heads": 16, "documents": 8, **feature}
+        for feature in ({"one_pass": True}, {"window": 1023}, {"softcap": 30.0})
+    ),
 )
 _PACKED_COMPILED: tuple[Case, ...] = tuple(
     {"rows": 4096, "columns": columns, **passes} for columns in (64, 128) for passes in ({}, {"one_pass": True})

@@ -15,6 +15,7 @@ from fastlm.tokenizer import Tokenizer
 SAMPLES = 4
 SAMPLE_TOKENS = 256
 TEMPERATURE, TOP_K = 0.7, 50
+LOGGED_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def append_sample(path: Path, sample: Sample, *, step: int, tokens: int) -> None
     blocks = "\n".join(f"{_fenced(text)}\n" for text in sample.texts)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{title}\n\n{blocks}\n")
+
+
+def opening(text: str) -> str:
+    """The first lines of a text, for the log; all of it stands in samples.md."""
+    lines = text.strip().splitlines()
+    rest = len(lines) - LOGGED_LINES
+    return "\n".join(lines[:LOGGED_LINES] + ([f"... {rest} more lines in samples.md"] if rest > 0 else []))
 
 
 def drop_samples_after(path: Path, step: int) -> None:

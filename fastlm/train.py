@@ -42,7 +42,7 @@ from fastlm.memory import step_memory
 from fastlm.model import hash32
 from fastlm.optim import set_lr
 from fastlm.run import Prepared, prepare, total_steps, write_config
-from fastlm.samples import append_sample, draw_sample, drop_samples_after
+from fastlm.samples import append_sample, draw_sample, drop_samples_after, opening
 from fastlm.schedule import multiplier
 from fastlm.step_profile import StepProfile
 from fastlm.upload import uploaded
@@ -320,7 +320,7 @@ class Trainer:
             warn(f"samples.md cannot be written ({error.strerror}); training goes on")
         self.metrics.write("sample", **self._when(), tokenizes=sample.tokenizes)
         share = "" if sample.tokenizes is None else f" ({sample.tokenizes:.0%} of its lines tokenize as Python)"
-        self.progress.note(f"step {self.state.step}: sampled{share}\n{sample.texts[0].strip()}")
+        self.progress.note(f"step {self.state.step}: sampled{share}\n{opening(sample.texts[0])}")
 
     def _save(self) -> bool:
         """Write a checkpoint -> whether that went well; a full disk does not stop the run."""

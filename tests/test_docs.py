@@ -60,7 +60,9 @@ def test_the_lists_are_the_packages() -> None:
     assert set(listed) - set(replaced) <= {"LinearCrossEntropyLoss"}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)

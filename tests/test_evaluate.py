@@ -14,7 +14,7 @@ from fastlm import evaluate as evaluate_module
 from fastlm import generate as generate_module
 from fastlm.errors import InputError
 from fastlm.evaluate import Evaluation, evaluate
-from fastlm.samples import Sample, append_sample, drop_samples_after, tokenizable_share, tokenizes
+from fastlm.samples import Sample, append_sample, drop_samples_after, opening, tokenizable_share, tokenizes
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,12 @@ def test_sampling_does_not_disturb_training_tensors():
 
     generate(model, [1], max_new_tokens=5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_log_shows_the_beginning_of_a_sample():
+    assert opening("\n one\ntwo\n") == "one\ntwo"
+    text = "\n".join(map(str, range(9)))
+    assert opening(text).splitlines() == ["0", "1", "2", "3", "4", "5", "... 3 more lines in samples.md"]
 
 
 def test_a_terminal_gets_no_control_characters():

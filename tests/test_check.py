@@ -130,6 +130,34 @@ def test_an_error_of_pytorchs_where_none_is_allowed_does_not_excuse_ours() -> No
     assert not any(e.ok for e in compare(baseline, baseline, {"x": x}, (torch.ones(33),)))
 
 
+def test_pytorchs_own_op_may_err_as_it_does_where_none_is_allowed() -> None:
+    """No further than that, and only there."""
+    x = torch.cat([torch.zeros(1), numbers(0, 32)])
+
+    def off(by: float) -> Any:
+        return lambda x: 2 * x + (0.0 if x.dtype == torch.float64 else by) * (x == 0)
+
+    arguments, upstream = {"x": x}, (torch.ones(33),)
+    assert all(e.ok for e in compare(off(1e-30), off(1e-30), arguments, upstream, own_op=True))
+    for wrong in (off(2e-30), off(torch.nan), lambda x: 2.01 * x):
+        assert not any(e.ok for e in compare(wrong, off(1e-30), arguments, upstream, own_op=True))
+
+
+def test_a_row_that_sees_one_key_passes_with_two_threads() -> None:
+    """PyTorch's fp16 attention rounds a gradient that is 0 there to 1e-7, on a CPU with several threads alone."""
+    kernel = next(k for k in KERNELS if k.name == "scaled_dot_product_attention")
+    case = {"rows": 40, "columns": 16, "keys": 20, "align": "bottom_right"}
+    assert case in kernel.small
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with _runtime.backend("torch"):
+            errors = check.check_kernel(kernel, case, torch.float16, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(e.ok for e in errors), errors
+
+
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "fastlm_kernels.check", *arguments],

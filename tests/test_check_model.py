@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import make_model
 from tiny_models import tiny_bert_classifier, tiny_llama
 
 from fastlm_kernels import check, check_model, hf
@@ -25,7 +26,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.both_paths
 def test_a_patched_model_passes(llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The table holds where it ran, what was patched, the results, time and memory."""
-    monkeypatch.setattr(check_model, "_ROUNDS", 1)  # the interpreter takes its time
+    monkeypatch.setattr(check_model, "_MOST_ROUNDS", 1)  # the interpreter takes its time
     assert check.main(["--model", str(llama), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     path = "triton" if check._runtime.INTERPRETED else "torch"
@@ -86,10 +87,57 @@ def test_bytes_kept_for_backward_are_counted_once() -> None:
         def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.linear(input_ids).tanh(),)
 
-    cost = check_model.cost(Model(), {"input_ids": torch.randn(4, 8, requires_grad=True)})
+    (cost,) = check_model.costs([Model()], {"input_ids": torch.randn(4, 8, requires_grad=True)})
     assert cost.kept == 4 * (4 * 8 + 4 * 16)  # the input, and tanh's result, which the mean square keeps too
     assert cost.peak is None
-    assert cost.seconds > 0
+    assert 0 < cost.time.low <= cost.time.median <= cost.time.high
+
+
+def test_models_that_are_timed_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a run apart; load that comes and goes meets all of them."""
+    ran: list[int] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self, name: int) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+            ran.append(self.name)
+            return (input_ids.square(),)
+
+    monkeypatch.setattr(check_model, "_ENOUGH_SECONDS", 0.0)
+    check_model.costs([Model(0), Model(1)], {"input_ids": torch.randn(2, requires_grad=True)})
+    assert ran == [0, 1] * 11
+
+
+@pytest.mark.parametrize(
+    ("times", "patched", "ratios", "said"),
+    [
+        ([2.0, 2.2, 2.3], True, {"milliseconds, the median": "2.00", "MiB kept for backward": "4.00"}, ""),
+        ([2.0, 2.2, 2.5], True, {"MiB kept for backward": "4.00"}, "vary by more than a fifth"),
+        ([2.0, 2.2, 2.3], False, {}, "nothing was patched"),
+    ],
+    ids=["steady", "under load", "not patched"],
+)
+def test_a_ratio_of_times_says_something_or_is_not_printed(
+    times: list[float], patched: bool, ratios: dict[str, str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    low, median, high = times
+    before = check_model.Cost(check_model.Time(median, low, high), 8 << 20, None)
+    after = check_model.Cost(check_model.Time(1.1, 1.0, 1.2), 2 << 20, None)
+    check_model._print_costs(before, after, {"input_ids": torch.zeros(2, 8)}, patched)
+    lines = capsys.readouterr().out.splitlines()
+    assert {line[:40].strip(): line[60:].strip() for line in lines[1:5] if line[60:].strip()} == ratios
+    assert (said in lines[-1]) if said else len(lines) == 5
+
+
+def test_padding_is_shorter_than_a_window(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Longer, and a padding token sees no key: eager attention gives NaN in fp64."""
+    make_model("gemma2", sliding_window=4, num_hidden_layers=1).save_pretrained(tmp_path)
+    assert check.main(["--model", str(tmp_path), "--device", "cpu"]) == 0, capsys.readouterr().out
+    model = check_model.load(tmp_path, torch.float32)
+    assert check_model.batch_for(model, 2, 64, torch.device("cpu"))["attention_mask"].sum(1).tolist() == [62, 59]
 
 
 @pytest.mark.parametrize(

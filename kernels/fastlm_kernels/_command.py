@@ -9,6 +9,8 @@ from typing import NoReturn
 
 import torch
 
+from . import _runtime
+
 EXIT_BAD_INPUT = 2
 
 
@@ -56,3 +58,12 @@ def device_argument(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput("--device", name, f"give a device of this machine, such as cpu or cuda ({reason})") from None
     return device
+
+
+def where(device: torch.device) -> str:
+    """Where the kernels run on `device`, for a table's first line."""
+    if device.type == "cuda":
+        return f"on {torch.cuda.get_device_name(device)}"
+    if _runtime.INTERPRETED:
+        return "in Triton's interpreter on the CPU"
+    return f"on the {device.type.upper()}: PyTorch's own path (set TRITON_INTERPRET=1 to run the kernels)"

@@ -7,12 +7,14 @@ unpatched model in fp64. The unit of error of a result is
     u = eps(dtype) rms(ref) + rms(change of ref under a relative eps(dtype) perturbation of all parameters)
       + eps(dtype) / 100 of the root mean square of all gradients
 
-and the rule check.py's, for the root mean square: rms(err) / u <= 2 rms(err of the unpatched model) / u + 4. The last
-term of u is for gradients that are zero but for rounding: those of the bias of attention's keys. Parameters are bf16 on
-a GPU and fp32 elsewhere; the fp64 run takes 8 bytes a parameter, and as much again for its gradients.
+and the rule that of accuracy.py, for the root mean square: rms(err) / u <= 2 rms(err of the unpatched model) / u + 4.
+The last term of u is for gradients that are zero but for rounding: those of the bias of attention's keys. Parameters
+are bf16 on a GPU and fp32 elsewhere; the fp64 run takes 8 bytes a parameter, and as much again for its gradients.
 
-Time and memory are of forward and backward in training mode: the best of several runs, the peak on a GPU, gradients
-included, and the bytes that forward keeps for backward; parameters are left out.
+Time and memory are of forward and backward in training mode. The two models take turns, after a run apart: the median
+time and its quartiles; no ratio where these lie more than a fifth of the median apart, for then other programs are
+timed too, nor where nothing was patched. The peak is a GPU's, gradients included, and the bytes are those that forward
+keeps for backward; parameters are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +32,13 @@ import torch
 from torch import Tensor
 
 from . import _runtime, hf
-from ._command import BadInput
-from .check import where
+from ._command import BadInput, where
 from .norm import rms_norm
 
 _DRAWS = 2
-_ROUNDS = 5
+# Rounds of timing, at least, and until these seconds are over or there is no need of more.
+_FEWEST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 10, 100, 2.0
+_WIDEST_SPREAD = 0.2  # of a time that is compared with another
 _IGNORED = -100
 # Rows and tokens of the batch that is compared, and of the one that is timed.
 _COMPARED = (2, 64)
@@ -54,10 +57,23 @@ _LABELS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 Batch = dict[str, Tensor]
 
 
+class Time(NamedTuple):
+    """Seconds: the median of some runs, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def steady(self) -> bool:
+        """Whether the runs agree well enough to be compared with others."""
+        return self.high - self.low <= _WIDEST_SPREAD * self.median
+
+
 class Cost(NamedTuple):
     """What a forward and backward takes; `peak` is None where no GPU counts it."""
 
-    seconds: float
+    time: Time
     kept: int  # bytes
     peak: int | None  # bytes
 
@@ -104,7 +120,8 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
 
 def batch_for(model: Any, rows: int, tokens: int, device: torch.device, *, padded: bool = True) -> Batch:
     """Random tokens, their mask, in which `padded` makes the second row a quarter shorter, and labels if the model's
-    class takes them. (rows, tokens), less where the model has fewer positions.
+    class takes them. (rows, tokens), less where the model has fewer positions. The padding is shorter than a window of
+    the model's attention: a query that sees no key at all makes some models' own results NaN.
     """
     config = model.config
     # Two positions stay free: RoBERTa's begin behind the padding index.
@@ -114,7 +131,8 @@ def batch_for(model: Any, rows: int, tokens: int, device: torch.device, *, padde
     ids = torch.randint(low, config.vocab_size, (rows, tokens), generator=generator)
     real = torch.ones_like(ids, dtype=torch.bool)
     if padded:
-        real[1:2, -(ids.shape[1] // 4) :] = False
+        padding = min(tokens // 4, (getattr(config, "sliding_window", None) or tokens) - 1)
+        real[1:2, tokens - padding :] = False
     batch = {"input_ids": ids, "attention_mask": real.long()}
     for end, labels in _LABELS.items():
         if type(model).__name__.endswith(end):
@@ -179,8 +197,34 @@ def compare(before: Any, after: Any, batch: Batch, dtype: torch.dtype) -> list[C
     return lines
 
 
-def cost(model: Any, batch: Batch) -> Cost:
-    """What one forward and backward of `model` takes on its device."""
+def costs(models: Sequence[Any], batch: Batch) -> list[Cost]:
+    """What one forward and backward of each model takes on its device; they take turns, so that load meets them all."""
+    on_gpu = next(iter(batch.values())).is_cuda
+    kept = [_bytes_kept(model, batch) for model in models]  # the first run, too: compiles and imports
+    seconds: list[list[float]] = [[] for _ in models]
+    peaks: list[list[int]] = [[] for _ in models]
+    begun = time.perf_counter()
+    for done in range(_MOST_ROUNDS):
+        if done >= _FEWEST_ROUNDS and time.perf_counter() - begun > _ENOUGH_SECONDS:
+            break
+        for model, its_seconds, its_peaks in zip(models, seconds, peaks, strict=True):
+            at_rest = 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                at_rest = torch.cuda.memory_allocated()
+            its_seconds.append(_seconds(lambda model=model: loss_of(model, batch).backward(), on_gpu))
+            model.zero_grad()
+            if on_gpu:
+                its_peaks.append(torch.cuda.max_memory_allocated() - at_rest)
+    return [Cost(_time(s), k, max(p, default=None)) for s, k, p in zip(seconds, kept, peaks, strict=True)]
+
+
+def _time(seconds: list[float]) -> Time:
+    low, median, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return Time(median.item(), low.item(), high.item())
+
+
+def _bytes_kept(model: Any, batch: Batch) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -192,18 +236,8 @@ def cost(model: Any, batch: Batch) -> Cost:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss_of(model, batch).backward()
-    on_gpu = next(iter(batch.values())).is_cuda
-    seconds, at_rest = float("inf"), 0
     model.zero_grad()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated()
-    for _ in range(_ROUNDS):
-        model.zero_grad()
-        seconds = min(seconds, _seconds(lambda: loss_of(model, batch).backward(), on_gpu))
-    model.zero_grad()
-    peak = torch.cuda.max_memory_allocated() - at_rest if on_gpu else None
-    return Cost(seconds, sum(kept.values()), peak)
+    return sum(kept.values())
 
 
 def _seconds(call: Callable[[], Any], on_gpu: bool) -> float:
@@ -243,19 +277,26 @@ def _print_errors(lines: list[Compared]) -> None:
     sys.stdout.write(f"{len(lines) - len(failing)} of {len(lines)} results pass, the worst are shown\n")
 
 
-def _print_costs(before: Cost, after: Cost, batch: Batch) -> None:
+def _print_costs(before: Cost, after: Cost, batch: Batch, patched: bool) -> None:
     rows, tokens = batch["input_ids"].shape
-    sys.stdout.write(
-        f"{f'forward and backward of {rows} x {tokens} tokens':40}{'before':>10}{'after':>10}{'ratio':>8}\n"
-    )
+    title = f"forward and backward of {rows} x {tokens} tokens"
+    sys.stdout.write(f"{title:40}{'before':>10}{'after':>10}{'ratio':>8}\n")
+    times, steady = (before.time, after.time), before.time.steady and after.time.steady
     table = [
-        ("milliseconds", before.seconds * 1e3, after.seconds * 1e3),
-        ("MiB kept for backward", before.kept / 2**20, after.kept / 2**20),
+        ("milliseconds, the median", *(time.median * 1e3 for time in times), steady),
+        ("  a quarter of the runs took less than", *(time.low * 1e3 for time in times), False),
+        ("  a quarter took more than", *(time.high * 1e3 for time in times), False),
+        ("MiB kept for backward", before.kept / 2**20, after.kept / 2**20, True),
     ]
     if before.peak is not None and after.peak is not None:
-        table.append(("MiB at the peak, parameters left out", before.peak / 2**20, after.peak / 2**20))
-    for name, old, new in table:
-        sys.stdout.write(f"{name:40}{old:10.2f}{new:10.2f}{old / new if new else float('inf'):8.2f}\n")
+        table.append(("MiB at the peak, parameters left out", before.peak / 2**20, after.peak / 2**20, True))
+    for name, old, new, compared in table:
+        ratio = f"{old / new:8.2f}" if patched and compared and new else ""
+        sys.stdout.write(f"{name:40}{old:10.2f}{new:10.2f}{ratio}\n")
+    if not patched:
+        sys.stdout.write("nothing was patched: no ratios\n")
+    elif not steady:
+        sys.stdout.write("no ratio of times that vary by more than a fifth: try again when the machine is idle\n")
 
 
 def check_model(directory: Path, device: torch.device) -> int:
@@ -269,5 +310,6 @@ def check_model(directory: Path, device: torch.device) -> int:
     _print_errors(lines)
     size = _TIMED_ON_GPU if device.type == "cuda" else _COMPARED
     timed = batch_for(before, *size, device, padded=False)
-    _print_costs(cost(before, timed), cost(after, timed), timed)
+    old, new = costs((before, after), timed)
+    _print_costs(old, new, timed, any(line.patched for line in hf.report(after)))
     return 0 if all(line.ok for line in lines) else 1

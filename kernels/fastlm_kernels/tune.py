@@ -25,7 +25,8 @@ from typing import Any, Literal
 import torch
 
 from . import _runtime, aot, configs
-from .check import check_kernel, leaves_of, outputs_of, upstream_gradients
+from .accuracy import leaves_of, outputs_of, upstream_gradients
+from .check import check_kernel
 from .configs import AttentionConfig, ElementwiseConfig
 from .registry import KERNELS, Case, Kernel
 from .registry.attention import PACKED

@@ -114,18 +114,34 @@ MUTATIONS = (
         "if False:",
         "test_runtime.py::test_explain_refuses_what_does_not_ask",
     ),
-    # check.py
+    # accuracy.py
     Mutation(
         "an infinite error of the baseline excuses ours",
-        "check.py",
+        "accuracy.py",
         "base.masked_fill(base > _BASELINE_LIMIT, 0.0)",
         "base",
         "test_check.py::test_an_error_of_pytorchs_where_none_is_allowed_does_not_excuse_ours",
         interpret=False,
     ),
     Mutation(
-        "a rule that forgives anything",
+        "PyTorch's own op may err at will where no error is allowed",
+        "accuracy.py",
+        "units.isposinf() & (error <= baseline)",
+        "units.isposinf()",
+        "test_check.py::test_pytorchs_own_op_may_err_as_it_does_where_none_is_allowed",
+        interpret=False,
+    ),
+    Mutation(
+        "PyTorch's own op is judged as a kernel is",
         "check.py",
+        "upstream, own_op=own_op",
+        "upstream",
+        "test_check.py::test_a_row_that_sees_one_key_passes_with_two_threads",
+        interpret=False,
+    ),
+    Mutation(
+        "a rule that forgives anything",
+        "accuracy.py",
         "2 * base_worst + 4, 2 * base_rms + 1",
         "2 * base_worst + 4e6, 2 * base_rms + 4e6",
         "test_check.py::test_wrong_results_fail",

@@ -41,6 +41,15 @@ GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(geglu, approximate="tanh"),
     "silu": swiglu,
 }
+# What a module holds: projections apart, or merged in one (Phi3).
+GATED_PARTS = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("gate_up_proj", "down_proj", "activation_fn"))
+_ROTARY_PARTS = ("head_dim", "scaling", "layer_idx")
+ROTARY_PARTS = (("q_proj", "k_proj", "v_proj", *_ROTARY_PARTS), ("qkv_proj", "num_key_value_heads", *_ROTARY_PARTS))
+
+
+def activation_of(module: Any) -> Any:
+    """The module of a gated MLP's activation function, None where there is none."""
+    return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
 
 
 class Patched:
@@ -97,9 +106,14 @@ class RMSNorm(Patched):
         """x / rms(x) * (offset + weight), in the dtype of the module's own."""
         offset, widens = self._fastlm_options
         weight, x = self.weight, hidden_states
-        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        eps = eps_of(self)
         dtype = torch.promote_types(x.dtype, weight.dtype) if widens else x.dtype
         return rms_norm(x.to(dtype), weight.shape, weight, eps, weight_offset=offset).to(dtype)
+
+
+def eps_of(norm: Any) -> float:
+    """The eps of an RMS norm, by either of its names."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 class Activation(Patched):
@@ -114,12 +128,26 @@ class GatedMLP(Patched):
     """down(activation(gate(x)) * up(x)); options: the activation's name in GATED."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """The three projections and one kernel between them."""
-        return self.down_proj(GATED[self._fastlm_options[0]](self.gate_proj(x), self.up_proj(x)))
+        """The projections and one kernel between them."""
+        if hasattr(self, "gate_up_proj"):
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(GATED[self._fastlm_options[0]](gate, up))
+
+
+def norms_heads(module: Any) -> bool:
+    """Whether an attention normalises each head of its q and k, as Qwen 3 does: OLMo 2 takes all heads at once."""
+    return hasattr(module, "q_norm") and module.q_norm.weight.shape == (module.head_dim,)
 
 
 class RotaryAttention(Patched):
     """Attention with rotary positions; options: the offset of the QK-norms' weights, None to leave these alone."""
+
+    @staticmethod
+    def prepare(original: Any) -> dict[str, Any]:
+        """Whether the original's forward passes its soft-cap on: Gemma 3 has one, and does not."""
+        return {"_fastlm_softcaps": "attn_logit_softcapping" in inspect.unwrap(original.forward).__code__.co_names}
 
     def forward(
         self: Any,
@@ -132,7 +160,7 @@ class RotaryAttention(Patched):
     ) -> tuple[Tensor, Tensor | None]:
         """Project, normalise and rotate q and k in one kernel, attend, project: as the class behind it does."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (x.view(shape) for x in self._fastlm_projected(hidden_states))
         query, key = (x.transpose(1, 2) for x in self._fastlm_rotated(query, key, *position_embeddings))
         value = value.transpose(1, 2)
         if past_key_values is not None:
@@ -143,7 +171,7 @@ class RotaryAttention(Patched):
             kwargs["sliding_window"] = self.sliding_window
         elif getattr(self.config, "sliding_window", None) is not None:
             kwargs["sliding_window"] = self.config.sliding_window
-        if hasattr(self, "attn_logit_softcapping"):
+        if self._fastlm_softcaps:
             kwargs["softcap"] = self.attn_logit_softcapping
         dropout = self.attention_dropout if self.training else 0.0
         attend = _attention_of(self)
@@ -151,19 +179,30 @@ class RotaryAttention(Patched):
         out = out.reshape(*hidden_states.shape[:-1], -1)
         return (self.o_proj if hasattr(self, "o_proj") else self.dense)(out), weights
 
+    def _fastlm_projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v (B, T, H x D), normalised where the model does so over all heads at once (OLMo 2)."""
+        if hasattr(self, "qkv_proj"):
+            keys = self.num_key_value_heads * self.head_dim
+            merged = self.qkv_proj(x)
+            return merged.split((merged.shape[-1] - 2 * keys, keys, keys), dim=-1)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if hasattr(self, "q_norm") and not norms_heads(self):
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
     def _fastlm_rotated(self: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q and k (B, T, H, D), normalised where the model does so, and rotated."""
         offset = self._fastlm_options[0]
         options: dict[str, Any] = {"head_dim_axis": 2, "rotary_dim": cos.shape[-1]}
         if getattr(self, "qk_layernorm", False):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        elif hasattr(self, "q_norm"):
+        elif norms_heads(self):
             norms = (self.q_norm, self.k_norm)
             # A wider weight widens the model's own q and k, which the fused norm does not.
             if offset is None or any(not _is_bare(norm) or norm.weight.dtype != query.dtype for norm in norms):
                 query, key = self.q_norm(query), self.k_norm(key)
             else:
-                eps = self.q_norm.variance_epsilon
+                eps = eps_of(self.q_norm)
                 weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
                 options |= {**weights, "qk_norm_eps": eps, "weight_offset": offset}
         return rotary_embedding(query, key, cos, sin, **options)
@@ -330,7 +369,14 @@ def _head_is_ours(model: Any, head: Head, kwargs: dict[str, Any]) -> bool:
         and (keep is None or (isinstance(keep, int) and keep == 0))
         and not wants_tuple
         and _is_count(kwargs.get("num_items_in_batch"))
+        and not _adds_routers_loss(model, kwargs)
     )
+
+
+def _adds_routers_loss(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a mixture of experts adds to its loss how unevenly they are used."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
 def _is_count(items: Any) -> bool:
@@ -345,7 +391,9 @@ def _with_loss(model: Any, head: Head, kwargs: dict[str, Any], shift: int) -> An
     inputs = {name: value for name, value in kwargs.items() if name not in _LOSS_ARGUMENTS}
     if not head.caches and "use_cache" in model._fastlm_names:
         inputs["use_cache"] = False
-    outputs = model.base_model(**inputs, return_dict=True)
+    # transformers 4's Gemma 3 is called its own base model.
+    base = model.get_decoder() if model.base_model is model else model.base_model
+    outputs = base(**inputs, return_dict=True)
     hidden = head.before(model, outputs[0])
     matrix = model.get_output_embeddings()
     labels, ignored, items = kwargs["labels"].to(hidden.device), -100, None

@@ -26,9 +26,15 @@ from .patching import _ORIGINALS, REPLACEMENTS, AnyModule, check_module
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of architectures differs in: the offset of its RMS norms' weights, and its head (in HEADS)."""
+    """What a family of architectures differs in.
+
+    weight_offset   of its RMS norms
+    keeps_dtype     whether an RMS norm with a wider weight gives its input's dtype, not the weight's
+    head            what stands before the loss (in HEADS)
+    """
 
     weight_offset: float = 0.0
+    keeps_dtype: bool = False
     head: str = "linear"
 
 
@@ -37,11 +43,17 @@ FAMILIES = {
     "gpt2": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mixtral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma": Family(weight_offset=1.0),
-    "gemma2": Family(weight_offset=1.0),
+    "qwen3_moe": Family(),
+    "gemma": Family(weight_offset=1.0, keeps_dtype=True),
+    "gemma2": Family(weight_offset=1.0, keeps_dtype=True),
+    "gemma3_text": Family(weight_offset=1.0, keeps_dtype=True),
     "phi": Family(),
+    "phi3": Family(),
+    "olmo2": Family(keeps_dtype=True),
+    "smollm3": Family(),
     "opt": Family(),
     "bert": Family(head="bert"),
     "roberta": Family(head="roberta"),
@@ -233,8 +245,9 @@ def _finds(model: torch.nn.Module) -> Iterator[_Find]:
             find = None if id(module) in inside else _find(name, module, owner.get(id(module)))
             if find is not None:
                 yield find
-                if find.replacement is not None and hasattr(module, "act_fn"):
-                    inside.add(id(module.act_fn))  # a part of the gated MLP's kernel
+                activation = _hf_modules.activation_of(module)
+                if find.replacement is not None and activation is not None:
+                    inside.add(id(activation))  # a part of the gated MLP's kernel
 
 
 def _find(name: str, module: torch.nn.Module, family: Family | None) -> _Find | None:
@@ -270,29 +283,34 @@ def _find_norm(kind: Any, module: Any, family: Family | None) -> _Found:
     has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
     if family is None or not _is_transformers(kind) or not has_eps or weight is None or weight.dim() != 1:
         return None, "norm", "an RMS norm of an unknown kind"
-    # Where there is an offset the product is fp32 and then rounded to the input's dtype (Gemma).
-    options = (family.weight_offset, family.weight_offset == 0.0)
+    options = (family.weight_offset, not family.keeps_dtype)
     return _hf_modules.patched(_hf_modules.RMSNorm, kind, options), "norm", "RMS norm"
 
 
+def _holds(module: Any, alternatives: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether the module has all attributes of one of the alternatives."""
+    return any(all(hasattr(module, part) for part in parts) for parts in alternatives)
+
+
 def _find_gated(kind: Any, module: Any, family: Family | None) -> _Found:
-    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    if family is None or not _is_transformers(kind) or not all(hasattr(module, part) for part in parts):
+    if family is None or not _is_transformers(kind) or not _holds(module, _hf_modules.GATED_PARTS):
         return None
-    function = _function_of(module.act_fn)
+    activation = _hf_modules.activation_of(module)
+    function = _function_of(activation)
     if function not in _hf_modules.GATED:
-        return None, "mlp", f"a gated MLP with {type(module.act_fn).__name__}: no kernel"
+        return None, "mlp", f"a gated MLP with {type(activation).__name__}: no kernel"
     return _hf_modules.patched(_hf_modules.GatedMLP, kind, (function,)), "mlp", f"MLP gated by {function}"
 
 
 def _find_rotary(kind: Any, module: Any, family: Family | None) -> _Found:
-    parts = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "layer_idx")
-    if family is None or not _is_transformers(kind) or not all(hasattr(module, part) for part in parts):
+    if family is None or not _is_transformers(kind) or not _holds(module, _hf_modules.ROTARY_PARTS):
         return None
     if "position_embeddings" not in inspect.signature(kind.forward).parameters:
         return None
+    if not getattr(module, "use_rope", True):  # SmolLM3's layers without positions
+        return None
     made = _hf_modules.patched(_hf_modules.RotaryAttention, kind, (family.weight_offset,))
-    return made, "rotary", "rotary embedding" + (" with QK-norm" if hasattr(module, "q_norm") else "")
+    return made, "rotary", "rotary embedding" + (" with QK-norm" if _hf_modules.norms_heads(module) else "")
 
 
 def _find_attention(kind: Any, module: Any, family: Family | None) -> _Found:

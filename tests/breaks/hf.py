@@ -201,4 +201,18 @@ MUTATIONS = (
         "if True:",
         _CHECK + "test_bytes_kept_for_backward_are_counted_once",
     ),
+    Mutation(
+        "padding longer than a window",
+        "check_model.py",
+        'min(tokens // 4, (getattr(config, "sliding_window", None) or tokens) - 1)',
+        "tokens // 4",
+        _CHECK + "test_padding_is_shorter_than_a_window",
+    ),
+    Mutation(
+        "a ratio of any times",
+        "check_model.py",
+        "self.high - self.low <= _WIDEST_SPREAD * self.median",
+        "True",
+        _CHECK + "test_a_ratio_of_times_says_something_or_is_not_printed[under load]",
+    ),
 )

@@ -13,6 +13,7 @@ from hf_models import (
     BERT,
     FAMILIES,
     GATED,
+    MIXTURES,
     NO_DROPOUT,
     SMALL,
     VOCAB,
@@ -183,6 +184,42 @@ def test_layers_that_hold_another_configuration_than_their_model(make: Any) -> N
     assert all(names.values())
     assert_same([fk.hf.unpatch(patched)(**call).logits], [expected])
     assert all(a is b for a, b in zip(kinds, [vars(m).get("config") for m in patched.modules()], strict=True))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_asked_for_its_routers_adds_their_loss(family: str) -> None:
+    """By the call or by the configuration; else the loss is ours."""
+    batch = make_batch("plain")
+    for options, call in (({"output_router_logits": True}, {}), ({}, {"output_router_logits": True})):
+        model, patched = make_model(family, **options), fk.hf.patch(make_model(family, **options))
+        out = patched(**batch, **call)
+        assert out.aux_loss is not None
+        assert_close(out.aux_loss, model(**batch, **call).aux_loss)
+        assert_close(loss_and_gradients(patched, **batch, **call), loss_and_gradients(model, **batch, **call))
+    assert patched(**batch).logits is None
+
+
+def test_a_soft_cap_that_a_model_does_not_apply_is_not_applied() -> None:
+    """Gemma 3 inherits Gemma 2's, and passes it on to nothing."""
+    batch, options = make_batch("left"), {"attn_logit_softcapping": 0.5}
+    model, patched = make_model("gemma3_text", **options), fk.hf.patch(make_model("gemma3_text", **options))
+    assert_close(loss_and_gradients(patched, **batch), loss_and_gradients(model, **batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "reasons"),
+    [
+        ("phi3", {"RMS norm", "MLP gated by silu", "rotary embedding, attention"}),
+        ("gemma3_text", {"RMS norm", "MLP gated by gelu_tanh", "rotary embedding with QK-norm, attention"}),
+        ("mixtral", {"RMS norm", "activation silu", "rotary embedding, attention"}),
+        ("olmo2", {"RMS norm", "MLP gated by silu", "rotary embedding, attention"}),
+        ("smollm3", {"RMS norm", "MLP gated by silu", "rotary embedding, attention", "attention"}),
+    ],
+)
+def test_what_is_patched_of_the_newer_families(family: str, reasons: set[str]) -> None:
+    lines = [line for line in fk.hf.report(fk.hf.patch(make_model(family))) if not line.module.endswith("Model")]
+    assert all(line.patched for line in lines)
+    assert {line.reason for line in lines} == reasons | {"attention, loss without logits"}
 
 
 def test_tied_weights_stay_one_tensor() -> None:

@@ -36,7 +36,11 @@ def test_the_same_compiled_whole(family: str, case: str) -> None:
 
 
 # In the interpreter padding on both sides under autocast, packed documents, and 16 bits; on a GPU every cell.
-INTERPRETED = [*cells("autocast", "packed"), ("llama", "bf16"), ("gpt2", "bf16-packed")]
+INTERPRETED = [
+    *(cell for cell in cells("autocast", "packed") if cell[0] not in ("olmo2", "smollm3")),
+    ("llama", "bf16"),
+    ("gpt2", "bf16-packed"),
+]
 ON_A_GPU = [pytest.param(*cell, marks=pytest.mark.needs_gpu) for cell in cells(*CASES) if cell not in INTERPRETED]
 
 

@@ -219,7 +219,7 @@ def test_each_switch_alone(switch: str) -> None:
 
 def test_norms_keep_the_dtype_of_their_own() -> None:
     x = torch.randn(3, 32, dtype=torch.bfloat16)
-    for family, dtype in (("llama", torch.float32), ("gemma", torch.bfloat16)):
+    for family, dtype in (("llama", torch.float32), ("gemma", torch.bfloat16), ("olmo2", torch.bfloat16)):
         model = make_model(family)
         expected = model.model.norm(x)
         fk.hf.patch(model)
@@ -237,3 +237,32 @@ def test_a_configuration_changed_while_patched_stays() -> None:
     assert model.config.use_cache
     assert model.config._attn_implementation == config._attn_implementation
     assert {id(vars(m)["config"]) for m in model.modules() if "config" in vars(m)} == {id(model.config)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: type(model)(model.config),
+        lambda model: tf.AutoModelForCausalLM.from_config(model.config),
+        lambda model: tf.LlamaForCausalLM(copy.deepcopy(model.config)),
+    ],
+    ids=["its class", "from_config", "a copy"],
+)
+def test_a_model_of_a_patched_ones_configuration_can_be_patched_and_unpatched(make: Any) -> None:
+    batch, patched = make_batch("left"), fk.hf.patch(make_model("llama"))
+    config, before = patched.config, loss_and_gradients(patched, **batch)
+    made = make(patched).train()
+    made.load_state_dict(patched.state_dict())
+    assert_close(loss_and_gradients(made, **batch), before)
+    assert [line.name for line in fk.hf.report(made) if line.module == "LlamaForCausalLM" and line.patched] == [""]
+    fk.hf.unpatch(made)
+    assert not any(line.patched for line in fk.hf.report(made))
+    assert made.config._attn_implementation == make_model("llama").config._attn_implementation
+    assert_same(loss_and_gradients(made, **batch), loss_and_gradients(make_model("llama"), **batch))
+    assert_same(loss_and_gradients(fk.hf.patch(made), **batch), before)
+    fk.hf.unpatch(made)
+    assert not any(line.patched for line in fk.hf.report(made))
+    # The first one is as it was.
+    assert patched.config is config
+    assert all(line.patched for line in fk.hf.report(patched))
+    assert_same(loss_and_gradients(patched, **batch), before)

@@ -144,6 +144,8 @@ def unpatch(model: AnyModule) -> AnyModule:
     """Undo `patch`, exactly, in place, and return the model; harmless where nothing was patched.
 
     The configuration it had comes back too, unless the model's copy was changed meanwhile: then the copy stays.
+    A model made from the configuration of a patched one names our attention, and nothing else of it is patched: it gets
+    a copy that names transformers' default.
     ValueError, with nothing changed, where a class was made from a patched one, as fully_shard does.
     """
     check_module(model)
@@ -157,6 +159,7 @@ def unpatch(model: AnyModule) -> AnyModule:
     for module in patched:
         module.__class__ = _original(module)
     _return_configs(model)
+    _leave_foreign_configs(model)
     return model
 
 
@@ -410,3 +413,20 @@ def _return_configs(model: torch.nn.Module) -> None:
                 ours._attn_implementation = original._attn_implementation
             kept[id(ours)] = original if ours.to_dict() == original.to_dict() else ours
         vars(module)["config"] = kept[id(ours)]
+
+
+def _leave_foreign_configs(model: torch.nn.Module) -> None:
+    """Copies for configurations that name our attention, but are not ours to give back: of another, patched model."""
+    copies: dict[int, Any] = {}
+    for known in model.modules():
+        if not isinstance(known, _pretrained()) or not _has_our_attention(known.config):
+            continue
+        for module in known.modules():
+            config: Any = vars(module).get("config")
+            if _has_our_attention(config) and id(config) not in copies:
+                copies[id(config)] = copy.deepcopy(config)
+                copies[id(config)]._attn_implementation = known.get_correct_attn_implementation(None, True)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if id(config) in copies:
+            vars(module)["config"] = copies[id(config)]

@@ -8,6 +8,7 @@ _STEP = "test_hf_calls.py::test_one_step_of_a_model_with_everything[{}]"
 _CALLS = "test_hf_calls.py::"
 _LEFT = "test_hf_left_alone.py::"
 _OWN = _LEFT + "test_models_with_something_of_their_own_keep_their_numbers[{}]"
+_CELL = "test_hf.py::test_loss_states_logits_and_gradients_are_the_models_own[{}]"
 _HUB = "test_hub.py::"
 _CHECK = "test_check_model.py::"
 
@@ -77,7 +78,71 @@ MUTATIONS = (
         "torch.arange(tokens.shape[1]",
         _CALLS + "test_choices_count_positions_along_the_tokens[shape0]",
     ),
+    Mutation(
+        "merged gate and up taken for each other",
+        "_hf_modules.py",
+        "gate, up = self.gate_up_proj",
+        "up, gate = self.gate_up_proj",
+        _CELL.format("phi3-left"),
+        interpret=False,
+    ),
+    Mutation(
+        "merged q, k and v split in thirds",
+        "_hf_modules.py",
+        "merged.split((merged.shape[-1] - 2 * keys, keys, keys), dim=-1)",
+        "merged.chunk(3, dim=-1)",
+        _CELL.format("phi3-left"),
+        interpret=False,
+    ),
+    Mutation(
+        "all heads' norms left out",
+        "_hf_modules.py",
+        'if hasattr(self, "q_norm") and not norms_heads(self):',
+        "if False:",
+        _CELL.format("olmo2-left"),
+        interpret=False,
+    ),
+    Mutation(
+        "a soft-cap passed on that the model does not",
+        "_hf_modules.py",
+        "if self._fastlm_softcaps:",
+        'if getattr(self, "attn_logit_softcapping", None):',
+        _LEFT + "test_a_soft_cap_that_a_model_does_not_apply_is_not_applied",
+        interpret=False,
+    ),
+    Mutation(
+        "the routers' loss forgotten",
+        "_hf_modules.py",
+        "and not _adds_routers_loss(model, kwargs)",
+        "",
+        _LEFT + "test_a_mixture_asked_for_its_routers_adds_their_loss[mixtral]",
+        interpret=False,
+    ),
     # hf.py
+    Mutation(
+        "rotary positions where the model has none",
+        "hf.py",
+        'if not getattr(module, "use_rope", True):',
+        "if False:",
+        _CELL.format("smollm3-left"),
+        interpret=False,
+    ),
+    Mutation(
+        "OLMo 2's norms widen",
+        "hf.py",
+        '"olmo2": Family(keeps_dtype=True)',
+        '"olmo2": Family()',
+        "test_hf_whole.py::test_norms_keep_the_dtype_of_their_own",
+        interpret=False,
+    ),
+    Mutation(
+        "another model's configuration kept",
+        "hf.py",
+        "    _leave_foreign_configs(model)\n    return model",
+        "    return model",
+        "test_hf_whole.py::test_a_model_of_a_patched_ones_configuration_can_be_patched_and_unpatched[from_config]",
+        interpret=False,
+    ),
     Mutation(
         "gemma2's norms without their offset",
         "hf.py",
@@ -207,6 +272,7 @@ MUTATIONS = (
         'min(tokens // 4, (getattr(config, "sliding_window", None) or tokens) - 1)',
         "tokens // 4",
         _CHECK + "test_padding_is_shorter_than_a_window",
+        interpret=False,
     ),
     Mutation(
         "a ratio of any times",
@@ -214,5 +280,6 @@ MUTATIONS = (
         "self.high - self.low <= _WIDEST_SPREAD * self.median",
         "True",
         _CHECK + "test_a_ratio_of_times_says_something_or_is_not_printed[under load]",
+        interpret=False,
     ),
 )

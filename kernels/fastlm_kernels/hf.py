@@ -418,9 +418,8 @@ def _return_configs(model: torch.nn.Module) -> None:
 def _leave_foreign_configs(model: torch.nn.Module) -> None:
     """Copies for configurations that name our attention, but are not ours to give back: of another, patched model."""
     copies: dict[int, Any] = {}
-    for known in model.modules():
-        if not isinstance(known, _pretrained()) or not _has_our_attention(known.config):
-            continue
+    models: list[Any] = [module for module in model.modules() if isinstance(module, _pretrained())]
+    for known in models:
         for module in known.modules():
             config: Any = vars(module).get("config")
             if _has_our_attention(config) and id(config) not in copies:

@@ -146,7 +146,7 @@ MUTATIONS = (
     Mutation(
         "gemma2's norms without their offset",
         "hf.py",
-        '"gemma2": Family(weight_offset=1.0)',
+        '"gemma2": Family(weight_offset=1.0, keeps_dtype=True)',
         '"gemma2": Family()',
         _STEP.format("plain"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -13,8 +14,12 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 def processor() -> str:
     """The maker of the processor, "AuthenticAMD" or "GenuineIntel" for two; "" where nothing says."""
-    named = (line.partition(":")[2].strip() for line in _lines(_CPUINFO) if line.startswith("vendor_id"))
-    return next(named, platform.processor().rpartition(" ")[2])  # Windows: "AMD64 Family 25 Model 1, AuthenticAMD"
+    for line in _lines(_CPUINFO):
+        if line.startswith("vendor_id"):
+            return line.partition(":")[2].strip()
+    if sys.platform != "win32":  # elsewhere it starts a process to be told no maker
+        return ""
+    return platform.processor().rpartition(" ")[2]  # "AMD64 Family 25 Model 1, AuthenticAMD"
 
 
 def memory() -> int | None:

@@ -35,8 +35,17 @@ def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
 
 
 def test_every_module_imports_with_torch_numpy_and_the_standard_library():
-    code = BLOCK + "import importlib\nfor name in sys.argv[2].split(','): importlib.import_module('fastlm.' + name)"
-    python(code, ",".join(OPTIONAL), ",".join(MODULES))
+    """And starts no process."""
+    code = """
+import importlib, subprocess
+import torch
+def started(self, *arguments, **options):
+    raise AssertionError(f"a process: {arguments}")
+subprocess.Popen.__init__ = started
+for name in sys.argv[2].split(","):
+    importlib.import_module("fastlm." + name)
+"""
+    python(BLOCK + code, ",".join(OPTIONAL), ",".join(MODULES))
 
 
 def test_trains_where_triton_does_not_exist(tmp_path: Path):

@@ -1,6 +1,7 @@
 """What the machine says of itself, read from folders that stand for its own."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,5 +46,8 @@ def test_the_processors_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
     assert machine.processor() == "GenuineIntel"
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(sys, "platform", "linux")  # of a processor whose maker nothing tells
+    assert machine.processor() == ""
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD")
     assert machine.processor() == "AuthenticAMD"

@@ -348,48 +348,6 @@ class TestInvariants:
         set_lr(optimizer, 0.5)
         optimizer.step()
 
-
-@pytest.mark.parametrize(
-    ("family", "seconds", "asked", "compiled"),
-    [
-        ("modern", 600, "auto", True),
-        ("modern", 500, "auto", False),
-        ("gpt2", 6000, "auto", False),
-        ("gpt2", 10, True, True),
-    ],
-)
-def test_a_cpu_compiles_where_it_pays(
-    family: str, seconds: float, asked: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("shutil.which", lambda name: f"/{name}")
-    cfg = Config(model=ModelConfig(family))  # type: ignore[arg-type]
-    cfg.train.max_seconds, cfg.train.compile = seconds, asked
-    assert resolve._compile(cfg, torch.device("cpu"), 0.0)[0] is compiled
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    if asked is True:
-        with pytest.raises(InputError, match="no C"):
-            resolve._compile(cfg, torch.device("cpu"), 0.0)
-    else:
-        assert resolve._compile(cfg, torch.device("cpu"), 0.0) == (False, "compile: off (no C++ compiler found)")
-
-
-@pytest.mark.parametrize(
-    ("counts", "said"),
-    [
-        ({"inductor": {"fxgraph_cache_miss": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "2 graphs made, 0 from"),
-        ({"inductor": {"fxgraph_cache_hit": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "0 graphs made, 2 from"),
-        ({"aot_autograd": {"autograd_cache_hit": 1}}, "0 graphs made, 1 from"),
-        ({}, "0 graphs made, 0 from"),
-    ],
-)
-def test_what_was_compiled_is_told_from_what_was_kept(
-    counts: dict[str, dict[str, int]], said: str, monkeypatch: pytest.MonkeyPatch
-):
-    from torch._dynamo import utils
-
-    monkeypatch.setattr(utils, "counters", defaultdict(Counter, {name: Counter(of) for name, of in counts.items()}))
-    assert said in compile_note(1.0)
-
     @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo asks non-leaf tensors, and hides it elsewhere
     @pytest.mark.parametrize("recompute", ["none", "mlp"])
     def test_one_graph_serves_all_layers_steps_and_evaluations(self, recompute: str):
@@ -454,6 +412,48 @@ def test_what_was_compiled_is_told_from_what_was_kept(
             check_compiled(model, batch.inputs, batch.targets, SEEDS)
         assert model.compiled_block is wrong
         assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "seconds", "asked", "compiled"),
+    [
+        ("modern", 600, "auto", True),
+        ("modern", 500, "auto", False),
+        ("gpt2", 6000, "auto", False),
+        ("gpt2", 10, True, True),
+    ],
+)
+def test_a_cpu_compiles_where_it_pays(
+    family: str, seconds: float, asked: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("shutil.which", lambda name: f"/{name}")
+    cfg = Config(model=ModelConfig(family))  # type: ignore[arg-type]
+    cfg.train.max_seconds, cfg.train.compile = seconds, asked
+    assert resolve._compile(cfg, torch.device("cpu"), 0.0)[0] is compiled
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    if asked is True:
+        with pytest.raises(InputError, match="no C"):
+            resolve._compile(cfg, torch.device("cpu"), 0.0)
+    else:
+        assert resolve._compile(cfg, torch.device("cpu"), 0.0) == (False, "compile: off (no C++ compiler found)")
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"inductor": {"fxgraph_cache_miss": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "2 graphs made, 0 from"),
+        ({"inductor": {"fxgraph_cache_hit": 2}, "aot_autograd": {"autograd_cache_miss": 1}}, "0 graphs made, 2 from"),
+        ({"aot_autograd": {"autograd_cache_hit": 1}}, "0 graphs made, 1 from"),
+        ({}, "0 graphs made, 0 from"),
+    ],
+)
+def test_what_was_compiled_is_told_from_what_was_kept(
+    counts: dict[str, dict[str, int]], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    from torch._dynamo import utils
+
+    monkeypatch.setattr(utils, "counters", defaultdict(Counter, {name: Counter(of) for name, of in counts.items()}))
+    assert said in compile_note(1.0)
 
 
 class TestResolved:

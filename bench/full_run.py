@@ -78,10 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     out = Path(arguments.out)
     new = next((path for path in (*reversed(out.parents), out) if not path.exists()), None)
-    record = Record(out, sources_hash(ROOT))
-    parts = [part for part in PARTS if part in (arguments.only or PARTS)]
-    command = [*_WORKER, "--device", arguments.device, *(("--commit", arguments.commit) if arguments.commit else ())]
-    conductor = Conductor(record, command, seconds=arguments.seconds, parts=parts, workers=_workers(), say=_say)
+    conductor = _conductor(arguments, out)
+    record = conductor.record
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         conductor.run()
@@ -96,6 +94,19 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
     _say(table(record, conductor.missing()))
     return 1 if conductor.missing() else 0
+
+
+def _conductor(arguments: argparse.Namespace, out: Path) -> Conductor:
+    """Of what is asked for, with what an earlier call has left in `out`."""
+    parts = [part for part in PARTS if part in (arguments.only or PARTS)]
+    command = [*_WORKER, "--device", arguments.device, *(("--commit", arguments.commit) if arguments.commit else ())]
+    try:
+        record = Record(out, sources_hash(ROOT))
+        return Conductor(record, command, seconds=arguments.seconds, parts=parts, workers=_workers(), say=_say)
+    except OSError as error:
+        raise InputError("--out", out, f"it cannot be used ({error.strerror}); name another directory") from None
+    except ValueError as error:
+        raise InputError("--out", out, f"{error}; name another directory") from None
 
 
 def _device_folder(device: str) -> str:

@@ -62,7 +62,10 @@ def sources_hash(root: Path) -> str:
 
 
 class Record:
-    """Rows and progress in memory and on disk. `sources` is the hash of what is measured."""
+    """Rows and progress in memory and on disk. `sources` is the hash of what is measured.
+
+    Raises OSError where `out` cannot be a directory, ValueError where a file there is no record.
+    """
 
     def __init__(self, out: Path, sources: str):
         self.out, self.sources = out, sources
@@ -163,7 +166,16 @@ def _finite(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """None where there is no such file; ValueError where it is none of ours."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"its {path.name} holds no JSON object")
+    return found
 
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:

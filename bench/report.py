@@ -53,7 +53,6 @@ def with_tables(text: str, root: Path) -> str:
 
 def write(results: Results, out: Path) -> None:
     """Everything into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     plots = [name for name, draw in PLOTS.items() if draw(results, out / name)]
     for name in set(PLOTS) - set(plots):
         (out / name).unlink(missing_ok=True)  # of an earlier report
@@ -78,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("--readme", options.readme, "there is no such file")
         if BEGIN not in options.readme.read_text() or END not in options.readme.read_text():
             raise InputError("--readme", options.readme, f"put the lines {BEGIN} and {END} where tables belong")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--out", options.out, f"it cannot be made ({error.strerror}); name another folder") from None
     write(results, options.out)
     for path in options.files:
         if path.name == FULL_RUN_FILE and path.resolve().parent != options.out.resolve():

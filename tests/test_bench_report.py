@@ -307,6 +307,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
         "folder",
         "other",
         "out",
+        "below",
         "readme",
         "flag",
     ],
@@ -319,6 +320,8 @@ def test_bad_input_costs_one_line(bad: str, tmp_path: Path, capsys: pytest.Captu
         arguments.insert(1, str(full_run_file(tmp_path / "other", device="Another GPU")))
     elif bad == "out":
         arguments[2] = str(good)
+    elif bad == "below":
+        arguments[2] = str(good / "below")
     elif bad == "readme":
         arguments += ["--readme", str(good)]
     elif bad == "flag":

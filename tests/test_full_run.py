@@ -284,6 +284,7 @@ def test_sigterm_ends_the_workers_and_prints_the_table(
         (["--only", "norm"], "--only: got norm"),
         (["--seconds", "nan"], "--seconds: got nan"),
         (["--out", __file__], "--out: got"),
+        (["--out", f"{__file__}/below"], "--out: got .*Not a directory"),
         (["--sec"], "arguments: got"),
     ],
 )
@@ -291,6 +292,16 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments: list[str], key: str
     with pytest.raises(InputError, match=key):
         full_run.main(["--out", str(tmp_path / "new"), *arguments])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", [RESULTS, STATE])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_file_that_is_no_record_is_left_alone(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"--out: got .*; its {name} holds no JSON object; name another directory"):
+        full_run.main(["--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == text
 
 
 NAMES = ("attention.", "layer_norm.", "rms_norm.", "cross_entropy.", "linear_cross_entropy.", "adamw.")

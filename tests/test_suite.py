@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import TypeGuard
 
 HERE = Path(__file__).parent
 
@@ -13,7 +14,7 @@ def collected(scope: ast.Module | ast.ClassDef) -> list[ast.FunctionDef]:
     return [*found.values(), *(test for node in classes for test in collected(node))]
 
 
-def _is_test(node: ast.AST) -> bool:
+def _is_test(node: ast.AST) -> TypeGuard[ast.FunctionDef]:
     return isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 
 

@@ -183,8 +183,8 @@ class Trainer:
                 if isinstance(failure.__cause__, torch.OutOfMemoryError) and self._smaller():
                     raise failure.__cause__ from None
                 self.progress.note(f"CUDA graphs: off from here on, recording failed ({failure})")
-                self.step = eager
-                return eager(batch, seeds_B=seeds_B)
+            self.step = eager
+            return eager(batch, seeds_B=seeds_B)  # behind the handler, which holds what the recording took
 
         return step
 

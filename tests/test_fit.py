@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,35 @@ def test_a_size_that_was_asked_for_ends_in_one_line(
     assert device.tried == [4]
     train(corpus, tmp_path / "run", "--train.micro_batch_size", "2")
     assert [line["step"] for line in events(tmp_path / "run", "train")][-1] == 6
+
+
+class Held:
+    """What stands for tensors of a recording."""
+
+
+def test_eager_steps_have_the_memory_of_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size that was asked for: there is no graph of it, and nothing of the attempt is left when a step begins."""
+    recordings: list[weakref.ref[Held]] = []
+    left: list[bool] = []
+
+    class NoRoom(Replays):
+        def record(self, work: Callable[[], None]) -> Callable[[], object]:
+            held = Held()
+            recordings.append(weakref.ref(held))
+            raise torch.OutOfMemoryError(FULL)
+
+    accumulate = train_module.accumulate
+
+    def watched(*arguments: Any) -> None:
+        left.extend(recording() is not None for recording in recordings)
+        accumulate(*arguments)
+
+    monkeypatch.setattr(train_module, "accumulate", watched)
+    monkeypatch.setattr(resolve, "_cuda_graphs", lambda cfg, device: (True, "CUDA graphs: a test's"))
+    monkeypatch.setattr(train_module, "CudaRecorder", lambda device: NoRoom())
+    train(write_corpus(tmp_path / "corpus.txt"), tmp_path / "run", "--train.micro_batch_size", "4", steps=2)
+    assert len(recordings) == 1
+    assert left == [False] * 4
 
 
 def test_the_optimizers_own_memory_is_no_reason_to_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

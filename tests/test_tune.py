@@ -121,6 +121,23 @@ def test_what_no_gpu_has_run_is_tried_in_a_process_of_its_own(monkeypatch: pytes
     assert "loads='pointers'" in tune.tune_bucket(subject, 0, "sm_90", trial)[1]
 
 
+def test_no_call_of_gluon_is_judged_in_this_process() -> None:
+    """Right and fastest on the timed call, then hanging with a soft-cap: it never takes the place."""
+    subject = next(subject for subject in SUBJECTS if subject.table == "ATTENTION_FORWARD")
+
+    def in_gluon() -> bool:
+        return configs.rows_of("ATTENTION_FORWARD", "sm_90")[0].loads.startswith("gluon")
+
+    trial = replace(
+        clock({}),
+        survives=lambda config, table, architecture, case: "softcap" not in case,
+        milliseconds=lambda *_: 0.1 if in_gluon() else 1.0,
+    )
+    assert tune.tune_bucket(subject, 0, "sm_90", trial)[0].loads == "pointers"
+    trial = replace(trial, survives=lambda *_: True)
+    assert tune.tune_bucket(subject, 0, "sm_90", trial)[0].loads.startswith("gluon")
+
+
 def test_the_fastest_wins() -> None:
     """And the line says by how much."""
     best, line = tune.tune_bucket(FORWARD, 2, "sm_90", clock({8: 0.5}))
@@ -185,8 +202,19 @@ def test_the_calls_that_a_tile_is_judged_by_use_it(subject: Subject, monkeypatch
             launches = aot.record_call(kernel, kernel.inputs(subject.dtype, "meta", 0, **few), "sm_90")
         mine = [launch for launch in launches if launch.options["num_warps"] == 2]
         assert mine, other
+        if few.get("kv_heads", few["heads"]) < few["heads"]:
+            switches.add("grouped heads")
         switches |= {name for launch in mine for name, value in launch.constexprs.items() if value is True}
-    wanted = {"HAS_LEFT", "HAS_RIGHT", "BOTTOM_RIGHT", "HAS_MASK", "HAS_KEY_MASK", "HAS_SOFTCAP", "HAS_DROPOUT"}
+    wanted = {
+        "grouped heads",
+        "HAS_LEFT",
+        "HAS_RIGHT",
+        "BOTTOM_RIGHT",
+        "HAS_MASK",
+        "HAS_KEY_MASK",
+        "HAS_SOFTCAP",
+        "HAS_DROPOUT",
+    }
     assert switches >= wanted | ({"PACKED"} if case["rows"] > 1 else {"SPLIT"})
 
 

@@ -26,8 +26,9 @@ program in one order. Two runs give the same bits. With deterministic=False the 
 adds it up by atomics, in fp32: 10 L S D, 8 bytes more a channel of dq for every tile of keys that it meets in L2.
 
 In order of reading: `_tiles` (what kernels share), `_forward` and `_decode`, `_backward` with `_backward_keys` and
-`_backward_queries` (kernels and their launchers), `_operators` (registration), `_reference` and `_dropout` (the
-definition in PyTorch's operators), and here the public functions; `_launch` is what launchers share.
+`_backward_queries` (kernels and their launchers), `_operators` (registration), `_reference`, `_documents` and `dropout`
+(the definition in PyTorch's operators), and here the public functions; `_launch` is what launchers share, `_hopper` a
+forward that `tune` tries.
 
 Tiles that the causal bound, the window or a document's end leaves empty are never loaded; tiles seen whole take no
 mask arithmetic by position; the program with the most tiles starts first; heads that share keys, and as many others as

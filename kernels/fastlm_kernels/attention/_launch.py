@@ -171,5 +171,5 @@ def documents_of(q: Tensor, k: Tensor, extras: Extras, options: Options) -> tupl
 
 
 def grid_of(batch: int, heads: int, length: int, block: int, shared: int, bytes_each: int) -> tuple[int, int, int]:
-    """(tiles, rows of heads, section) as `_place` takes them; `shared` heads read the same bytes_each bytes."""
+    """(tiles, rows of heads, section) as `place` takes them; `shared` heads read the same bytes_each bytes."""
     return -(-length // block), batch * heads, min(batch * heads, shared * configs.attention_section(bytes_each))

@@ -187,7 +187,7 @@ def softmax_step(s, total, top, factor, MASKED: tl.constexpr):
 
 @kernel()
 def hash32(x):
-    """Every bit of x, uint32, in every bit of the result; `_dropout.hash32` in PyTorch's operators."""
+    """Every bit of x, uint32, in every bit of the result; `dropout.hash32` in PyTorch's operators."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
     return x ^ (x >> 15)

@@ -268,6 +268,15 @@ def test_windows_of_numpys_integers() -> None:
 
 
 @pytest.mark.both_paths
+@pytest.mark.parametrize("side", [2**63 - 1, 2**70])
+def test_a_side_of_more_than_any_tensor_is_open(side: int, device: str) -> None:
+    q, k, v = (x.to(device) for x in _qkv(dtype=torch.float32))
+    for window, opened in (((side, 1), (-1, 1)), ((1, side), (1, -1)), ((side, side), (-1, -1))):
+        found = fk.scaled_dot_product_attention(q, k, v, window_size=window)
+        torch.testing.assert_close(found, fk.scaled_dot_product_attention(q, k, v, window_size=opened))
+
+
+@pytest.mark.both_paths
 def test_a_mask_beside_is_causal_both_decide(device: str) -> None:
     """As on those of PyTorch's backends that take the two."""
     q, k, v = (x.to(device) for x in _qkv(dtype=torch.float32))
@@ -988,7 +997,8 @@ def test_a_seed_says_what_is_dropped(rows: int, keys: int, device: str) -> None:
     pairs += [(kept[..., 1:, :], kept[..., :-1, :]), (kept[..., 1:], kept[..., :-1])]
     for a, b in pairs:
         assert abs((a == b).float().mean().item() - 0.58) < 3 / math.sqrt(a.numel())
-    assert not attend(q, k, v, dropout_p=1.0, dropout_seed=spaced).any()
+    for share in (1.0, 1.0 - 2.0**-30):  # in fp32 the same
+        assert not attend(q, k, v, dropout_p=share, dropout_seed=spaced).any()
 
 
 @pytest.mark.both_paths

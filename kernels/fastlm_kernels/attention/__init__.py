@@ -80,7 +80,8 @@ __all__ = [
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
-_FARTHEST = 2**30
+# In fp32, as kernels take it, more would be 1, and what stays divided by 0.
+_MOST_DROPPED = 1.0 - 2.0**-24
 
 
 def _autocast(x: Tensor) -> torch.dtype:
@@ -149,7 +150,7 @@ def _obstacle(
         return "an argument is not a tensor"
     if not all(isinstance(flag, bool) for flag in (is_causal, enable_gqa)):
         return "is_causal or enable_gqa is not a bool"
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= _MOST_DROPPED:
         return f"a dropout of {dropout_p!r}"
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         return "queries, keys and values are not of 3 or 4 dimensions"
@@ -182,16 +183,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of 4-d tensors, by the operator; lse is empty if it is not asked for."""
     q, k, v = (x.to(_autocast(x)) for x in tensors)
-    left, right = (min(side, _FARTHEST) for side in window)
     if dropout <= 0.0:
         seed = None
     elif seed is None:
         seed = torch.randint(2**62, (q.shape[0],), dtype=torch.int64, device=q.device)
     options = Options(
         *max_lengths,
-        left,
-        right,
-        bottom_right and (left >= 0 or right >= 0),
+        *window,
+        bottom_right and window != UNLIMITED,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         float(softcap or 0.0),
         float(dropout),

@@ -15,18 +15,19 @@ from ._documents import check_longest, check_packing, segments_of, starts_of, us
 from .dropout import check_dropout_seed, kept_weights
 
 UNLIMITED = (-1, -1)
+_FARTHEST = 2**30  # more than any position, and added to one still 32 bits
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 
 def window_of(window_size: Sequence[int] | None) -> tuple[int, int]:
-    """(left, right) checked; None and any negative side mean unlimited, written -1."""
+    """(left, right) checked, 2^30 at most; None and any negative side mean unlimited, written -1."""
     if window_size is None:
         return UNLIMITED
     pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
     if not pair or not all(_is_integer(side) for side in window_size):
         raise ValueError(f"window_size: got {window_size!r}; give (left, right), two ints, -1 for an open side")
     left, right = (int(side) for side in window_size)
-    return max(left, -1), max(right, -1)
+    return min(max(left, -1), _FARTHEST), min(max(right, -1), _FARTHEST)
 
 
 def _is_integer(x: Any) -> bool:

@@ -24,7 +24,7 @@ USUAL_ATTENTION = r"(scaled_dot_product_attention|varlen_attn) rows\d+-columns(6
 KNOWN = {("sm_120", "scaled_dot_product_attention rows4096-columns128-kv_heads2-one_pass-masked(0, 1) bfloat16")}
 EVERYTHING = "-padded-window(1023, -1)-softcap30.0-dropout0.1 "
 EVERYTHING_SPILLS = {"3.6": 56, "3.7": 72}
-ATTENTION_SPILLS = {"3.6": 40, "3.7": 41}
+ATTENTION_SPILLS = {"3.6": 44, "3.7": 55}
 every_kernel = pytest.mark.parametrize("kernel", CALLS, ids=lambda kernel: kernel.name)
 
 

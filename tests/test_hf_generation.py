@@ -37,7 +37,11 @@ def test_generation_is_token_for_token_with_growing_and_static_caches(family: st
 @pytest.mark.needs_kernels
 @pytest.mark.parametrize(("family", "cache"), [*((family, {}) for family in DECODERS), ("llama", STATIC)])
 def test_the_same_by_the_kernels(family: str, cache: dict[str, Any], kernel_device: str) -> None:
-    model = make_model(family, num_hidden_layers=2 if family in ("qwen2", "gemma2") else 1).eval().to(kernel_device)
+    model = (
+        make_model(family, num_hidden_layers=2 if family in ("qwen2", "gemma2", "gemma3_text") else 1)
+        .eval()
+        .to(kernel_device)
+    )
     prompts = {name: tensor.to(kernel_device) for name, tensor in _prompts(8).items()}
     expected = model.generate(**prompts, **GREEDY, max_new_tokens=3)
     assert torch.equal(fk.hf.patch(model).generate(**prompts, **GREEDY, **cache, max_new_tokens=3), expected)
